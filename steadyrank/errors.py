@@ -1,0 +1,53 @@
+"""Exceptions named by whose fault it is, and the checks that raise them.
+
+A message says what was expected, what came, where, and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SteadyRankError(Exception):
+    """The base of every error that this package raises on purpose."""
+
+
+class ConfigError(SteadyRankError):
+    """The configuration is wrong: a key, a value, a path, or two settings that contradict each other."""
+
+
+class DataError(SteadyRankError):
+    """The log is wrong: a file, a column, a type or a value."""
+
+
+class DivergenceError(SteadyRankError):
+    """Training left the finite numbers; the message names the step, the task and the parameter."""
+
+
+class CheckpointError(SteadyRankError):
+    """A checkpoint or a run folder cannot be read or written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the known name closest to `name`, or `""` when none is near.
+
+    >>> nearest("rwos", ["rows", "width"])
+    "; did you mean 'rows'?"
+    >>> nearest("zzz", ["rows", "width"])
+    ''
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def check_known(name: str, known: Iterable[str], what: str, error: type[SteadyRankError] = ConfigError) -> None:
+    """Raise `error` unless `name` is one of `known`; `what` says what the name stands for.
+
+    >>> check_known("cick", ["click", "like"], "task")
+    Traceback (most recent call last):
+    ...
+    steadyrank.errors.ConfigError: no task 'cick'; did you mean 'click'? (there are: click, like)
+    """
+    known = list(known)
+    if name not in known:
+        shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        raise error(f"no {what} '{name}'{nearest(name, known)} (there are: {shown})")
