@@ -5,6 +5,7 @@ A message says what was expected, what came, where, and what to do.
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SteadyRankError(Exception):
@@ -37,6 +38,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def near_path(path: str | Path) -> str:
+    """Return a suggestion for a path that does not exist: the file beside it with the nearest name, or `""`."""
+    parent = Path(path).expanduser().parent
+    return nearest(Path(path).name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
 
 
 def check_known(name: str, known: Iterable[str], what: str, error: type[SteadyRankError] = ConfigError) -> None:

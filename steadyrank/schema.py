@@ -6,7 +6,7 @@ Shapes: B rows, F id features, N elements of one list feature, X number features
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -94,7 +94,7 @@ class Task(Settings):
     """Where Huber's loss turns from square to linear, in units of the scaled label."""
 
     @model_validator(mode="after")
-    def _kind_fits(self) -> Self:
+    def _kind_fits(self) -> "Task":
         if self.kind == "binary":
             if self.transform != "none" or self.scale != 1.0:
                 raise ValueError("transform and scale belong to regressions; a binary label is 0 or 1")
@@ -157,7 +157,7 @@ class Schema(Settings):
         return data
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Schema":
         for name, task in self.tasks.items():
             if task.only_where is not None:
                 other = self.tasks.get(task.only_where)

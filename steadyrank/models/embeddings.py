@@ -1,0 +1,230 @@
+"""From a Batch to the model's input: embeddings of ids, pooled embeddings of lists, and numbers with flags.
+
+Shapes: B rows, F one-valued id features, N looked-up ids, D width of an embedding, X number features.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own convention
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+
+from ..schema import Batch, NumberFeature, Ragged, Schema
+from .layers import fill_uniform
+
+
+class EmbeddingTables(nn.Module):
+    """All embedding tables of one width in one weight matrix: one lookup, and one sparse gradient.
+
+    A lookup is one `embedding_bag` over the ids of all features of the width: a one-valued feature is a bag of one, a
+    list is a bag of its elements, weighted by 1 (sum) or 1/length (mean). An empty list gives zeros.
+
+    Weights are drawn uniformly around 0, in place. They start small because most rows are seen a few times only, and
+    until then their weights are noise: on KuaiRand's id features, one pass, the click AUC of the second half was
+    .725, .687 and .645 with a standard deviation of 0.01, 0.03 and 0.14 (128x2, Adagrad at 0.05 on the tables, Adam at
+    0.001 on the rest, batches of 128, means of 4 seeds with a spread of .01).
+
+    Args:
+        schema: Its id and list features say which rows are looked up, `Schema.tables` how many there are.
+        std: Standard deviation of the weights at the start.
+        generator: Draws the weights, which live on its device.
+
+    >>> features = {"item": {"kind": "id", "rows": 9}, "history": {"kind": "ids", "rows": 9, "table": "item"}}
+    >>> schema = Schema(features=features, tasks={"click": {"kind": "binary"}}, embedding_width=4)
+    >>> tables = EmbeddingTables(schema, 0.01, torch.Generator().manual_seed(0))
+    >>> tables.weights["width_4"].shape, tables.width_out
+    (torch.Size([10, 4]), 8)
+    """
+
+    def __init__(self, schema: Schema, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        id_widths = [schema.slot(name).width for name in schema.id_features]
+        list_widths = [schema.slot(name).width for name in schema.list_features]
+        is_mean = [feature.pooling == "mean" for feature in schema.list_features.values()]
+        self.plans: list[_Plan] = []
+        self.weights = nn.ParameterDict()
+        for width in dict.fromkeys(slot.width for slot in schema.tables.values()):
+            columns = [j for j, found in enumerate(id_widths) if found == width]
+            lists = [i for i, found in enumerate(list_widths) if found == width]
+            self.plans.append(_Plan(columns, lists, [is_mean[i] for i in lists]))
+            rows = sum(slot.rows for slot in schema.tables.values() if slot.width == width)
+            weight = nn.Parameter(torch.empty(rows, width, device=generator.device))
+            fill_uniform(weight, std, generator)
+            self.weights[f"width_{width}"] = weight
+        self.width_out = sum(id_widths) + sum(list_widths)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch width_out"]:
+        """Return the embeddings side by side: width by width, one-valued features before lists."""
+        blocks: list[Tensor] = []
+        for plan, weight_RD in zip(self.plans, self.weights.values(), strict=True):
+            blocks += look_up(weight_RD, plan.pick_ids(batch.ids), [batch.lists[i] for i in plan.lists], plan.means)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+    def table_names(self) -> list[str]:
+        """Return the names of the weight matrices, whose gradients are sparse."""
+        return [name for name, _ in self.named_parameters()]
+
+
+class _Plan(NamedTuple):
+    """What belongs to one width."""
+
+    columns: list[int]
+    """Columns of `Batch.ids`."""
+    lists: list[int]
+    """Places in `Batch.lists`."""
+    means: list[bool]
+    """For each of these lists, whether it is pooled by the mean."""
+
+    def pick_ids(self, ids_BF: Tensor) -> Tensor:
+        if len(self.columns) == ids_BF.shape[1]:
+            return ids_BF
+        # Columns one by one: an index made of a Python list would wait for the GPU.
+        return torch.stack([ids_BF[:, j] for j in self.columns], 1) if self.columns else ids_BF[:, :0]
+
+
+def look_up(
+    weight_RD: Float[Tensor, "rows width"],
+    ids_BF: Int64[Tensor, "batch features"],
+    lists: Sequence[Ragged],
+    means: Sequence[bool],
+) -> list[Float[Tensor, "batch _"]]:
+    """Look up all ids of one width at once, with a sparse gradient.
+
+    Args:
+        weight_RD: The tables, one below the other.
+        ids_BF: Rows of one-valued features.
+        lists: Rows of list features.
+        means: For each list feature, True for the mean and False for the sum of its elements.
+
+    Returns:
+        One block [B, F * D] for the one-valued features (absent when F is 0), then one [B, D] for each list feature.
+
+    >>> weight = torch.tensor([[1.0], [2.0], [4.0]])
+    >>> bag = Ragged(torch.tensor([0, 1, 2]), torch.tensor([0, 3, 3]))
+    >>> look_up(weight, torch.tensor([[0, 2], [1, 1]]), [bag], [False])
+    [tensor([[1., 4.],
+            [2., 2.]]), tensor([[7.],
+            [0.]])]
+    """
+    (rows, features), width = ids_BF.shape, weight_RD.shape[1]
+    if not lists:
+        return [F.embedding(ids_BF.reshape(-1), weight_RD, sparse=True).view(rows, features * width)]
+    ids_N, starts, shares_N = _join_bags(ids_BF, lists, means, weight_RD.dtype)
+    pooled = F.embedding_bag(ids_N, weight_RD, starts, mode="sum", sparse=True, per_sample_weights=shares_N)
+    first, *rest = pooled.split([rows * features] + [rows] * len(lists))
+    return [first.view(rows, features * width), *rest] if features else rest
+
+
+def _join_bags(
+    ids_BF: Tensor, lists: Sequence[Ragged], means: Sequence[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return all ids, where each bag starts, and each id's weight in its bag (None: all are 1)."""
+    end = ids_BF.numel()
+    starts = [torch.arange(end, device=ids_BF.device)]
+    shares = [torch.ones(end, dtype=dtype, device=ids_BF.device)]
+    for ragged, mean in zip(lists, means, strict=True):
+        starts.append(ragged.offsets[:-1] + end)
+        end += len(ragged.values)
+        if mean:
+            lengths = ragged.offsets.diff()
+            share = lengths.clamp(min=1).to(dtype).reciprocal()
+            shares.append(share.repeat_interleave(lengths, output_size=len(ragged.values)))
+        else:
+            shares.append(torch.ones(len(ragged.values), dtype=dtype, device=ids_BF.device))
+    ids_N = torch.cat([ids_BF.reshape(-1), *(ragged.values for ragged in lists)])
+    return ids_N, torch.cat(starts), torch.cat(shares) if any(means) else None
+
+
+class Moments(NamedTuple):
+    """Running statistics of number features, in float64."""
+
+    n: Float64[Tensor, " numbers"]
+    """How many values there were."""
+    mean: Float64[Tensor, " numbers"]
+    """Their mean; 0 when there were none."""
+    m2: Float64[Tensor, " numbers"]
+    """Sum of squared distances from the mean."""
+
+
+def measure_moments(x_BX: Float64[Tensor, "batch numbers"], present_BX: Bool[Tensor, "batch numbers"]) -> Moments:
+    """Return the moments of the present values of each column; an empty column has none (0, 0, 0).
+
+    >>> measure_moments(torch.tensor([[1.0], [3.0], [9.0]]).double(), torch.tensor([[True], [True], [False]]))
+    Moments(n=tensor([2.], ...), mean=tensor([2.], ...), m2=tensor([2.], ...))
+    """
+    n = present_BX.sum(0).double()
+    mean = torch.where(present_BX, x_BX, 0.0).sum(0) / n.clamp(min=1.0)
+    m2 = torch.where(present_BX, x_BX - mean, 0.0).square().sum(0)
+    return Moments(n, mean, m2)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Return the moments of both sets of values together.
+
+    n = n_a + n_b, delta = mean_b - mean_a, mean = mean_a + delta n_b/n, M2 = M2_a + M2_b + delta^2 n_a n_b/n.
+
+    Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    """
+    n = a.n + b.n
+    share = b.n / n.clamp(min=1.0)
+    delta = b.mean - a.mean
+    return Moments(n, a.mean + delta * share, a.m2 + b.m2 + delta.square() * a.n * share)
+
+
+class NumberInputs(nn.Module):
+    """Number features made ready for a network: transformed, filled, standardised, with a flag for what was missing.
+
+    x' = (x - mean) / std with the statistics of all training batches *before* this one, so that training and serving
+    are the same function of a row; this batch's own serve as long as there are no earlier ones. A missing value (NaN
+    or infinite) becomes the mean and sets its flag. Where the spread is 0 or below the mean's float64 noise, the
+    feature is constant so far, and is not divided.
+
+    In training mode each forward pass adds its batch to the statistics: whoever evaluates a batch twice within a step
+    does so in evaluation mode.
+
+    Args:
+        features: The number features, in the order of `Batch.numbers`' columns.
+        device: Where the statistics live.
+
+    >>> inputs = NumberInputs([NumberFeature(column="age")])
+    >>> inputs(torch.tensor([[20.0], [40.0], [torch.nan]]))
+    tensor([[-1.,  0.],
+            [ 1.,  0.],
+            [ 0.,  1.]])
+    """
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor
+    log1p: Tensor
+    standardise: Tensor
+
+    def __init__(self, features: Sequence[NumberFeature], device: torch.device | None = None) -> None:
+        super().__init__()
+        for name in Moments._fields:
+            self.register_buffer(name, torch.zeros(len(features), dtype=torch.float64, device=device))
+        for name, flags in (
+            ("log1p", [f.transform == "log1p" for f in features]),
+            ("standardise", [f.standardise for f in features]),
+        ):
+            self.register_buffer(name, torch.tensor(flags, dtype=torch.bool, device=device), persistent=False)
+        self.width_out = 2 * len(features)
+
+    def forward(self, numbers_BX: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch width_out"]:
+        """Return the values, then the flags (1 where missing)."""
+        present_BX = numbers_BX.isfinite()
+        x_BX = torch.where(present_BX, numbers_BX, 0.0).double()
+        x_BX = torch.where(self.log1p, x_BX.sign() * x_BX.abs().log1p(), x_BX)
+        with torch.no_grad():
+            batch, before = measure_moments(x_BX, present_BX), Moments(self.n, self.mean, self.m2)
+            n, mean, m2 = (torch.where(self.n > 0, old, new) for old, new in zip(before, batch, strict=True))
+            std = (m2 / n.clamp(min=1.0)).sqrt()
+            std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)
+            if self.training:
+                for old, new in zip(before, merge_moments(before, batch), strict=True):
+                    old.copy_(new)
+        x_BX = torch.where(present_BX, x_BX, mean)
+        x_BX = torch.where(self.standardise, (x_BX - mean) / std, x_BX)
+        return torch.cat([x_BX.to(numbers_BX.dtype), (~present_BX).to(numbers_BX.dtype)], 1)
