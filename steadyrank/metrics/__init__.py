@@ -1,0 +1,17 @@
+"""AUC, GAUC, log loss, normalised entropy, calibration, RMSE, MAE: pure functions, and sums by task over a stream."""
+
+from .functions import TaskKind as TaskKind
+from .functions import as_scores as as_scores
+from .functions import auc as auc
+from .functions import calibration as calibration
+from .functions import gauc as gauc
+from .functions import iso_day as iso_day
+from .functions import log_loss as log_loss
+from .functions import mae as mae
+from .functions import normalised_entropy as normalised_entropy
+from .functions import normalised_rmse as normalised_rmse
+from .functions import rmse as rmse
+from .streams import CAPACITY as CAPACITY
+from .streams import DAY_US as DAY_US
+from .streams import ProgressiveMetrics as ProgressiveMetrics
+from .streams import TaskMetrics as TaskMetrics

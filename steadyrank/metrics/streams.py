@@ -1,0 +1,309 @@
+"""Metrics of all tasks over a stream of batches: whole run, window and day.
+
+Shapes: B rows of a batch, N rows kept, K tasks, S sums.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from .functions import (
+    SUMS,
+    TaskKind,
+    areas,
+    auc,
+    auc_sums,
+    binary_values,
+    histogram,
+    iso_day,
+    merge_sums,
+    ratio,
+    regression_values,
+    task_sums,
+)
+
+CAPACITY = 2**20
+"""Rows that `TaskMetrics` keeps exactly before it folds them into sums and histograms."""
+DAY_US = 86_400_000_000
+"""Microseconds of a day."""
+
+
+class _Rows(NamedTuple):
+    """Rows as they came, never written to, so that several `TaskMetrics` may share them."""
+
+    scores: Any
+    labels: Any
+    weights: Any
+    groups: Any
+
+    @staticmethod
+    def copy_of(scores_BK: Tensor, labels_BK: Tensor, weights_BK: Tensor, groups_B: Tensor, tasks: int) -> "_Rows":
+        shapes = [tuple(t.shape) for t in (scores_BK, labels_BK, weights_BK, groups_B)]
+        expected = (len(groups_B), tasks)
+        if shapes != [expected, expected, expected, expected[:1]]:
+            raise ConfigError(
+                f"expected scores, labels and weights of shape [rows, {tasks}] and groups of shape [rows], got "
+                f"{shapes}; give the model's output for the very batch that the labels belong to"
+            )
+        scores, labels, weights = (
+            t.detach().to("cpu", torch.float32, copy=True).numpy() for t in (scores_BK, labels_BK, weights_BK)
+        )
+        return _Rows(scores, labels, weights, groups_B.to("cpu", torch.int64, copy=True).numpy())
+
+    @staticmethod
+    def cat(chunks: Sequence["_Rows"], tasks: int) -> "_Rows":
+        empty = np.empty((0, tasks), np.float32)
+        chunks = [_Rows(empty, empty, empty, np.empty(0, np.int64)), *chunks]
+        return _Rows(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+
+    def take(self, index: Any) -> "_Rows":
+        return _Rows(*(part[index] for part in self))
+
+    def task(self, k: int) -> tuple[Any, Any, Any]:
+        return self.scores[:, k].copy(), self.labels[:, k].copy(), self.weights[:, k].copy()
+
+
+class TaskMetrics:
+    """The metrics of all tasks over the batches seen since the last reset.
+
+    A call of `update` copies the batch and no more. The rows are kept as they are (float32) up to `capacity`, so that
+    every metric is exact until then. When that many are there, they are folded: log loss, normalised entropy,
+    calibration, RMSE and MAE into float64 sums [S, K], which loses nothing; AUC into a histogram of 2**18 bins of the
+    score, whose scores of one bin (relative width 1/4096, for magnitudes from 2**-12 to 2**20) count as tied; GAUC into
+    a weighted running mean, so that a group's rows are ranked only against those of the same `capacity` rows. Memory is
+    `capacity * (12 K + 8)` bytes, and 4 MiB for each binary task after the first fold.
+
+    Args:
+        kinds: the tasks in the order of the columns, `{name: "binary" or "regression"}`.
+        grouped: whether groups mean something; without, GAUC is left out.
+        capacity: rows kept exactly, 1 or more.
+
+    >>> metrics = TaskMetrics({"click": "binary"}, grouped=False)
+    >>> one = torch.ones(4, 1)
+    >>> metrics.update(torch.tensor([[-1.0], [0.0], [0.0], [2.0]]), torch.tensor([[0.0], [0], [1], [1]]), one,
+    ...                torch.zeros(4, dtype=torch.int64))
+    >>> metrics.compute()["click"]["auc"]
+    0.875
+    """
+
+    def __init__(self, kinds: Mapping[str, TaskKind], grouped: bool = True, capacity: int = CAPACITY) -> None:
+        if capacity < 1:
+            raise ConfigError(f"expected a capacity of 1 row or more, got {capacity}")
+        self.kinds = dict(kinds)
+        self.grouped = grouped
+        self.capacity = capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._chunks: list[_Rows] = []
+        self._kept = 0
+        self._sums_SK = np.zeros((len(SUMS), len(self.kinds)))
+        self._gauc_2K = np.zeros((2, len(self.kinds)))
+        self._bins: dict[str, Any] = {}
+
+    def update(
+        self,
+        scores_BK: Float[Tensor, "batch tasks"],
+        labels_BK: Float[Tensor, "batch tasks"],
+        weights_BK: Float[Tensor, "batch tasks"],
+        groups_B: Int64[Tensor, " batch"],
+    ) -> None:
+        """Add the rows of a batch.
+
+        Args:
+            scores_BK: the model's raw output: logits of binary tasks, regressions in the units that it learns.
+            labels_BK: as in `Batch.labels`.
+            weights_BK: as in `Batch.weights`; 0 masks.
+            groups_B: as in `Batch.group`.
+
+        Raises:
+            ConfigError: the shapes do not fit each other or the number of tasks.
+        """
+        self._append(_Rows.copy_of(scores_BK, labels_BK, weights_BK, groups_B, len(self.kinds)))
+
+    def merge(self, other: "TaskMetrics") -> None:
+        """Add the rows that `other`, of the same tasks, has seen.
+
+        Raises:
+            ConfigError: the tasks differ.
+        """
+        if other._columns() != self._columns():
+            raise ConfigError(
+                f"expected metrics of {self._columns()}, got metrics of {other._columns()}; merge those of one schema"
+            )
+        self._sums_SK = merge_sums(self._sums_SK, other._sums_SK)
+        self._gauc_2K = self._gauc_2K + other._gauc_2K
+        for name, bins in other._bins.items():
+            self._bins[name] = self._bins[name] + bins if name in self._bins else bins.copy()
+        for rows in list(other._chunks):
+            self._append(rows)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Return `{task: {metric: value}}`.
+
+        A binary task has `auc`, `gauc` (if grouped), `log_loss` and `normalised_entropy`; a regression `rmse`,
+        `normalised_rmse` and `mae`; both `calibration`, `rows` (that are not masked) and `weight`.
+        """
+        rows = _Rows.cat(self._chunks, len(self.kinds))
+        sums_SK = merge_sums(self._sums_SK, self._sums_of(rows))
+        gauc_2K = self._gauc_2K + self._gauc_of(rows)
+        found: dict[str, dict[str, float]] = {}
+        for k, (name, kind) in enumerate(self.kinds.items()):
+            if kind == "regression":
+                found[name] = regression_values(sums_SK[:, k])
+                continue
+            order = {"auc": self._auc_of(rows, name, k)}
+            if self.grouped:
+                order["gauc"] = ratio(float(gauc_2K[0, k]), float(gauc_2K[1, k]))
+            found[name] = {**order, **binary_values(sums_SK[:, k])}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was seen, as tensors and plain values."""
+        rows = _Rows.cat(self._chunks, len(self.kinds))
+        return {
+            "columns": self._columns(),
+            "sums": torch.from_numpy(self._sums_SK.copy()),
+            "gauc": torch.from_numpy(self._gauc_2K.copy()),
+            "bins": {name: torch.from_numpy(bins.copy()) for name, bins in self._bins.items()},
+            "rows": {name: torch.from_numpy(part) for name, part in rows._asdict().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; with the same capacity as where it was saved, every later value is the same too.
+
+        Raises:
+            CheckpointError: the state belongs to other tasks.
+        """
+        if state["columns"] != self._columns():
+            raise CheckpointError(
+                f"expected saved metrics of {self._columns()}, found those of {state['columns']}; resume with the "
+                f"schema that the run was started with"
+            )
+        self._sums_SK = state["sums"].numpy().copy()
+        self._gauc_2K = state["gauc"].numpy().copy()
+        self._bins = {name: bins.numpy().copy() for name, bins in state["bins"].items()}
+        rows = _Rows(**{name: part.numpy().copy() for name, part in state["rows"].items()})
+        self._chunks, self._kept = [rows], len(rows.groups)
+
+    def _columns(self) -> list[str]:
+        """Return what each column means, for comparison with another's."""
+        return [f"{name} ({kind}{', grouped' if self.grouped else ''})" for name, kind in self.kinds.items()]
+
+    def _append(self, rows: _Rows) -> None:
+        self._chunks.append(rows)
+        self._kept += len(rows.groups)
+        if self._kept >= self.capacity:
+            self._fold()
+
+    def _fold(self) -> None:
+        rows = _Rows.cat(self._chunks, len(self.kinds))
+        self._sums_SK = merge_sums(self._sums_SK, self._sums_of(rows))
+        self._gauc_2K = self._gauc_2K + self._gauc_of(rows)
+        for k, (name, kind) in enumerate(self.kinds.items()):
+            if kind == "binary":
+                self._bins[name] = self._bins.get(name, 0.0) + histogram(*rows.task(k))
+        self._chunks, self._kept = [], 0
+
+    def _sums_of(self, rows: _Rows) -> Any:
+        return np.stack([task_sums(kind, *rows.task(k)) for k, kind in enumerate(self.kinds.values())], axis=1)
+
+    def _gauc_of(self, rows: _Rows) -> Any:
+        """Return the sums behind GAUC by task, [2, K]; zeros where it is not asked for."""
+        found_2K = np.zeros_like(self._gauc_2K)
+        if self.grouped:
+            groups = np.unique(rows.groups, return_inverse=True)[1]  # once, rather than for each task
+            for k, kind in enumerate(self.kinds.values()):
+                if kind == "binary":
+                    found_2K[:, k] = auc_sums(*rows.task(k), groups)
+        return found_2K
+
+    def _auc_of(self, rows: _Rows, name: str, k: int) -> float:
+        if name not in self._bins:
+            return auc(*rows.task(k))
+        pos, neg = self._bins[name] + histogram(*rows.task(k))
+        return ratio(*areas(pos, neg, np.array([0])))
+
+
+class ProgressiveMetrics:
+    """The metrics of the whole run, of the window since the last reading, and of the last UTC day.
+
+    A day is `time_us // 86_400_000_000`. The last day is the latest that any row so far belonged to; when a later one
+    comes it starts anew, and rows of earlier days (a shuffled log) no longer count there.
+
+    Args:
+        kinds, grouped, capacity: as for `TaskMetrics`, of which this holds three; they share the rows they keep.
+    """
+
+    def __init__(self, kinds: Mapping[str, TaskKind], grouped: bool = True, capacity: int = CAPACITY) -> None:
+        self._run, self._window, self._last_day = (TaskMetrics(kinds, grouped, capacity) for _ in range(3))
+        self._day: int | None = None
+
+    @property
+    def day(self) -> str | None:
+        """The last day, as an ISO date; None before the first row."""
+        return None if self._day is None else iso_day(self._day)
+
+    def update(
+        self,
+        scores_BK: Float[Tensor, "batch tasks"],
+        labels_BK: Float[Tensor, "batch tasks"],
+        weights_BK: Float[Tensor, "batch tasks"],
+        groups_B: Int64[Tensor, " batch"],
+        time_us_B: Int64[Tensor, " batch"],
+    ) -> None:
+        """Add the rows of a batch; its days may differ from row to row.
+
+        Args:
+            scores_BK, labels_BK, weights_BK, groups_B: as for `TaskMetrics.update`.
+            time_us_B: microseconds since 1970, UTC.
+        """
+        rows = _Rows.copy_of(scores_BK, labels_BK, weights_BK, groups_B, len(self._run.kinds))
+        if not len(rows.groups):
+            return
+        self._run._append(rows)
+        self._window._append(rows)
+        day_B = time_us_B.cpu().numpy() // DAY_US
+        last = int(day_B.max())
+        if self._day is None or last > self._day:
+            self._day = last
+            self._last_day.reset()
+        today_B = day_B == self._day
+        if today_B.any():
+            self._last_day._append(rows if today_B.all() else rows.take(today_B))
+
+    def window(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of the rows since the last call, and begin the next window."""
+        found = self._window.compute()
+        self._window.reset()
+        return found
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of all rows."""
+        return self._run.compute()
+
+    def last_day(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of the rows of the last day seen so far (`day`)."""
+        return self._last_day.compute()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was seen, as tensors and plain values."""
+        parts = {"run": self._run, "window": self._window, "last_day": self._last_day}
+        return {"day": self._day, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            CheckpointError: the state belongs to other tasks.
+        """
+        self._run.load_state_dict(state["run"])
+        self._window.load_state_dict(state["window"])
+        self._last_day.load_state_dict(state["last_day"])
+        self._day = state["day"]
