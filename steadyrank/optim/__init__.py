@@ -1,0 +1,18 @@
+"""Clippy, what it is compared with, and how optimizers are built by name."""
+
+from .baselines import BAD_STEPS as BAD_STEPS
+from .baselines import STEP as STEP
+from .baselines import SUM as SUM
+from .baselines import GuardedOptimizer as GuardedOptimizer
+from .baselines import RowWiseAdagrad as RowWiseAdagrad
+from .build import AdagradConfig as AdagradConfig
+from .build import AdamConfig as AdamConfig
+from .build import AdamWConfig as AdamWConfig
+from .build import ClippyAdagradConfig as ClippyAdagradConfig
+from .build import OptimizerConfig as OptimizerConfig
+from .build import RowWiseAdagradConfig as RowWiseAdagradConfig
+from .build import SGDConfig as SGDConfig
+from .build import build_optimizer as build_optimizer
+from .build import split_parameters as split_parameters
+from .clippy import CLIP_FACTOR as CLIP_FACTOR
+from .clippy import ClippyAdagrad as ClippyAdagrad
