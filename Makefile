@@ -1,0 +1,53 @@
+# Each target makes what it needs. `make demo` and `make test` work in a fresh clone, in any order.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt lint types docs bench clean slow
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+# Two stamps, so that the demo does not wait for the tests' tools.
+$(BIN)/.package: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "steadyrank needs Python 3.11 or newer; give make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(BIN)/.dev: $(BIN)/.package
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(BIN)/.package  ## Train on the generated stream and write a report
+	$(BIN)/steadyrank demo --out $(DEMO_OUT) --overwrite
+
+test: $(BIN)/.dev  ## Run the tests
+	$(BIN)/python -m pytest -q
+
+slow: $(BIN)/.dev  ## Run the slow tests too
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+fmt: $(BIN)/.dev  ## Format the code
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+
+lint: $(BIN)/.dev  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.dev  ## Check types
+	$(BIN)/mypy
+
+docs: $(BIN)/.dev  ## Run every example in the docs and docstrings
+	$(BIN)/python -m pytest -q --doctest-modules steadyrank tests/test_docs.py
+
+bench: $(BIN)/.package  ## Run the benchmarks, short form
+	$(BIN)/python benchmarks/foundation.py
+
+check: lint types test  ## What CI runs
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

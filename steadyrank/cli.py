@@ -1,0 +1,224 @@
+"""The command line: parse, call, print."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .config import RunConfig, load, open_source, trained
+from .config import demo as demo_config
+from .console import (
+    bar,
+    errors,
+    print_evaluation,
+    print_rows,
+    print_slices,
+    print_summary,
+    say,
+    start_line,
+    training_bar,
+)
+from .data.catalog import DATASETS, prepare_dataset
+from .data.convert import convert as convert_file
+from .errors import SteadyRankError, check_known
+from .evaluate import evaluate as evaluate_model
+from .predict import predict as predict_log
+from .report.compare import compare as compare_runs
+from .report.page import write_report
+from .runs import RunFolder
+from .sequential import Parts
+from .sequential import run as run_sequentially
+from .start import start_config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Train multitask ranking models that do not blow up.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(f"steadyrank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Hold the options of the command itself."""
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder to write; runs/NAME-N when left out.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one setting: part.field=value.")]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Log = Annotated[str, typer.Argument(help="A log: a Parquet file, a folder or a glob; local, s3:// or gs://.")]
+
+
+@app.command(epilog="Example: steadyrank demo --out runs/demo")
+def demo(out: Out = None, overwrite: Overwrite = False, sets: Sets = None) -> None:
+    """Train on the generated stream: the whole of steadyrank in two minutes."""
+    folder = _train(demo_config(sets or []), out, overwrite)
+    other = f"{folder}-adagrad"
+    say("Next, the same without Clippy, and both side by side:")
+    say(f"  steadyrank demo --set optimizer.dense.name=adagrad --out {other}")
+    say(f"  steadyrank compare {folder} {other}")
+
+
+@app.command(epilog="Example: steadyrank init log.parquet --out run.toml && steadyrank train run.toml")
+def init(
+    log: Log,
+    out: Annotated[Path, typer.Option("--out", help="The configuration to write.")] = Path("run.toml"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Look at a log's columns and write a commented starting configuration."""
+    schema = start_config(log, out, overwrite=overwrite).schema_
+    say(f"{out}: {len(schema.features)} features; tasks {', '.join(schema.tasks)}; in the order of '{schema.time}'")
+    say(f"Read it, correct what was guessed wrongly, then: steadyrank train {out}")
+
+
+@app.command(epilog="Example: steadyrank convert log.csv.gz log.parquet --sort time")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .csv, .tsv, .jsonl or .parquet file, perhaps compressed.")],
+    target: Annotated[Path, typer.Argument(help="The Parquet file to write.")],
+    sort: Annotated[str | None, typer.Option("--sort", help="Sort by this column, in memory.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make Parquet from CSV or JSON lines."""
+    with bar(f"{source.name} to {target.name}", "bytes") as progress:
+        rows = convert_file(source, target, sort=sort, overwrite=overwrite, progress=progress)
+    say(f"{target}: {rows:,} rows. Next: steadyrank init {target}")
+
+
+@app.command(epilog="Example: steadyrank train run.toml --set optimizer.dense.lr=0.2 --out runs/faster")
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A run's TOML file.")] = None,
+    sets: Sets = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run folder instead.")] = None,
+) -> None:
+    """Train in time order, every row scored before it is learned."""
+    if resume is not None:
+        if config is not None or out is not None or sets:
+            raise typer.BadParameter("--resume takes its settings from the run folder; give nothing else")
+        _go_on(RunFolder.open(resume))
+    elif config is None:
+        raise typer.BadParameter("give a TOML file (steadyrank init writes one), or --resume RUN")
+    else:
+        _train(load(config, sets or []), out, overwrite)
+
+
+@app.command(epilog="Example: steadyrank evaluate runs/demo-1 tomorrow.parquet")
+def evaluate(
+    run: Run,
+    log: Log,
+    slice_by: Annotated[str | None, typer.Option("--slice-by", help="Also by the values of this id feature.")] = None,
+) -> None:
+    """Score a log with a run's model: metrics by task and day."""
+    config, model = trained(run)
+    reader = config.build_reader(open_source(log, config.schema_))
+    with bar("evaluating", "rows") as progress:
+        found = evaluate_model(model, reader.in_order(progress), config.schema_, slice_by=slice_by)
+    kinds = {name: task.kind for name, task in config.schema_.tasks.items()}
+    print_evaluation(found.tasks, found.days, kinds, found.rows)
+    if found.slices:
+        print_slices(found.slices, kinds, str(slice_by))
+
+
+@app.command(epilog="Example: steadyrank predict runs/demo-1 tomorrow.parquet scores.parquet --keys user,item")
+def predict(
+    run: Run,
+    log: Log,
+    target: Annotated[Path, typer.Argument(help="The Parquet file to write.")],
+    keys: Annotated[str | None, typer.Option("--keys", help="Columns to copy, with commas.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a prediction for every row: one column a task, and the row's keys."""
+    config, model = trained(run)
+    with bar("predicting", "rows") as progress:
+        rows = predict_log(
+            model,
+            config.schema_,
+            open_source(log, config.schema_),
+            target,
+            keys=keys.split(",") if keys else None,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    say(f"{target}: {rows:,} rows")
+
+
+@app.command(epilog="Example: steadyrank report runs/demo-1")
+def report(run: Run) -> None:
+    """Write a run's report anew: one self-contained HTML page."""
+    say(f"report: {write_report(RunFolder.open(run))}")
+
+
+@app.command(epilog="Example: steadyrank compare runs/clippy runs/adagrad")
+def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders.")]) -> None:
+    """Put several runs side by side."""
+    print_rows(compare_runs(runs), "progressive AUC (binary tasks) and RMSE over that of a constant (regressions)")
+
+
+@app.command(epilog="Example: steadyrank prepare kuairand KuaiRand-1K kuairand.parquet")
+def prepare(
+    dataset: Annotated[str, typer.Argument(help=f"One of: {', '.join(DATASETS)}.")],
+    folder: Annotated[Path, typer.Argument(help="The folder with the files that the data set's own site gives.")],
+    target: Annotated[Path | None, typer.Argument(help="The Parquet file to write; DATASET.parquet here.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make our Parquet from a public data set's own files."""
+    check_known(dataset, DATASETS, "data set")
+    target = target or Path(f"{dataset}.parquet")
+    with bar(dataset, "rows") as progress:
+        rows = prepare_dataset(dataset, folder, target, overwrite=overwrite, progress=progress)
+    say(f"{target}: {rows:,} rows. Next: steadyrank train recipes/{dataset}.toml --set data.path={target}")
+
+
+def main() -> None:
+    """Run the command line: exit code 2 for a wrong input, 130 for Ctrl-C."""
+    try:
+        app()
+    except SteadyRankError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+
+
+def _train(config: RunConfig, out: Path | None, overwrite: bool) -> Path:
+    """Train in a new run folder and print what came out."""
+    parts = config.build()  # before the folder is made: a wrong path or column leaves nothing behind
+    with RunFolder.create(out or config.next_folder(), overwrite=overwrite) as folder:
+        folder.write_config(config.to_toml())
+        return _finish(parts, folder)
+
+
+def _go_on(folder: RunFolder) -> Path:
+    """Resume a run from its newest checkpoint."""
+    config = RunConfig.from_toml(folder.config_text(), where=str(folder.path))
+    with folder:
+        return _finish(config.build(), folder, resume=True)
+
+
+def _finish(parts: Parts, folder: RunFolder, resume: bool = False) -> Path:
+    say(start_line(parts))
+    try:
+        with training_bar(parts.reader.rows) as watch:
+            summary = run_sequentially(parts, folder, watch=watch, resume=resume)
+    except SteadyRankError:
+        say(f"the run up to there: {folder.path}")
+        raise
+    print_summary(summary)
+    say(f"report: {folder.report_path()}")
+    if summary["status"] == "interrupted":
+        say(f"Go on with: steadyrank train --resume {folder.path}")
+        raise KeyboardInterrupt
+    return folder.path

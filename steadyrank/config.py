@@ -1,0 +1,287 @@
+"""One run's configuration: the parts' configs together, from TOML and back to TOML."""
+
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+import torch
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
+from .data.stream import Stream, StreamConfig
+from .errors import CheckpointError, ConfigError, near_path, nearest
+from .models.ranker import ModelConfig, Ranker
+from .optim.build import ClippyAdagradConfig, OptimizerConfig, RowWiseAdagradConfig, build_optimizer, split_parameters
+from .runs import RunFolder
+from .schema import Schema
+from .sequential import Parts, TrainConfig
+from .settings import Settings
+
+DataConfig = Annotated[LogsConfig | StreamConfig, Field(discriminator="source")]
+
+
+class OptimizersConfig(Settings):
+    """Dense parameters and embedding tables each have their own optimizer and rate."""
+
+    dense: OptimizerConfig = ClippyAdagradConfig()
+    """Every parameter but the embedding tables."""
+    tables: OptimizerConfig = RowWiseAdagradConfig()
+    """The embedding tables (sparse gradients)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_default(cls, data: Any) -> Any:
+        """A part that gives options but no name means the default optimizer."""
+        if not isinstance(data, Mapping):
+            return data
+        names = {part: field.default.name for part, field in cls.model_fields.items()}
+        return {k: {"name": names[k], **v} if k in names and isinstance(v, Mapping) else v for k, v in data.items()}
+
+
+class RunConfig(Settings):
+    """All that a run needs, apart from the log itself."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run and its folder: letters, digits, dot, dash and underscore."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Decides the initial weights and the shuffle; the same seed gives the same run on CPU, bit for bit."""
+    data: DataConfig
+    """The log."""
+    reader: ReaderConfig = ReaderConfig()
+    """Windows and batches."""
+    schema_: Schema = Field(alias="schema")
+    """What the columns mean."""
+    model: ModelConfig = ModelConfig()
+    """From features to logits."""
+    optimizer: OptimizersConfig = OptimizersConfig()
+    """How weights move."""
+    train: TrainConfig = TrainConfig()
+    """The loop."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Data without a source is a log; a generated stream knows what its columns mean."""
+        if not isinstance(data, Mapping):
+            return data
+        source = data.get("data")
+        if isinstance(source, Mapping):
+            source = {"source": "logs", **source}
+            data = {**data, "data": source}
+        if "schema" in data or "schema_" in data:
+            return data
+        if isinstance(source, Mapping) and source["source"] == "stream":
+            try:
+                source = StreamConfig.model_validate(source)
+            except ValidationError:
+                return data  # refused again below, under its full path
+        return {**data, "schema": Stream(source).schema()} if isinstance(source, StreamConfig) else data
+
+    def next_folder(self) -> Path:
+        """Return the first `runs/NAME-N` that does not exist yet."""
+        return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{self.name}-{n}").exists())
+
+    def source(self) -> Source:
+        """Open the log."""
+        if isinstance(self.data, StreamConfig):
+            return Stream(self.data)
+        return ParquetLog(self.data, self.schema_.time)
+
+    def build_reader(self, source: Source | None = None) -> Reader:
+        """Open the log (or `source` instead) as windows and batches."""
+        return Reader(source or self.source(), self.schema_, self.reader, self.seed)
+
+    def build_model(self) -> Ranker:
+        """Make the model, its weights decided by the seed."""
+        return Ranker(self.schema_, self.model, torch.Generator().manual_seed(self.seed))
+
+    def build_optimizers(self, model: Ranker) -> dict[str, torch.optim.Optimizer]:
+        """Make the optimizers: "dense", and "tables" where the model has embedding tables."""
+        dense, tables = split_parameters(model, model.table_names())
+        made = {"dense": build_optimizer(self.optimizer.dense, dense)}
+        if tables:
+            made["tables"] = build_optimizer(self.optimizer.tables, tables, sparse=True)
+        return made
+
+    def build(self, source: Source | None = None) -> Parts:
+        """Make everything that a run needs.
+
+        Raises:
+            ConfigError, DataError: The log cannot be opened, or lacks a column.
+        """
+        reader, model = self.build_reader(source), self.build_model()
+        optimizers = self.build_optimizers(model)
+        summary = model.summary()
+        facts = {
+            "parameters": {"dense": summary.dense, "embedding": summary.embedding},
+            "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
+        }
+        return Parts(self.name, self.schema_, reader, model, optimizers, self.train, facts)
+
+    def to_toml(self) -> str:
+        """Return the whole configuration as TOML; `load` of it gives an equal object."""
+        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    @classmethod
+    def from_toml(cls, text: str, overrides: Sequence[str] = (), where: str = "the configuration") -> "RunConfig":
+        """Read a configuration.
+
+        Args:
+            text: TOML.
+            overrides: `part.field=value` each, the value as TOML has it (a bare word is a string).
+            where: Names the text in messages.
+
+        Raises:
+            ConfigError: Not TOML, an unknown key (with its path and the nearest name), or a value out of range.
+        """
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{where}: not TOML: {error}") from error
+        for override in overrides:
+            _override(data, override)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, data, where)) from error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML file, with `--set` overrides.
+
+    Raises:
+        ConfigError: There is no such file, or what it says cannot be.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file '{path}'{near_path(path)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' cannot be read as a text file: {error}") from error
+    return RunConfig.from_toml(text, overrides, str(path))
+
+
+def demo(overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of `steadyrank demo`."""
+    text = (resources.files(__package__) / "demo.toml").read_text(encoding="utf-8")
+    return RunConfig.from_toml(text, overrides, "the demo's configuration")
+
+
+def open_source(path: str, schema: Schema | None = None) -> ParquetLog:
+    """Open a log by its path."""
+    return ParquetLog(LogsConfig(path=path), schema.time if schema else "")
+
+
+def trained(run: str | Path) -> tuple[RunConfig, Ranker]:
+    """Return a run's configuration, and its model as the newest checkpoint has it, in eval mode.
+
+    Raises:
+        CheckpointError: No run folder, no checkpoint, or one that is damaged.
+    """
+    folder = RunFolder.open(run)
+    config = RunConfig.from_toml(folder.config_text(), where=str(folder.path))
+    model = config.build_model()
+    state = folder.load_checkpoint()
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder.path}: the checkpoint does not fit its own config.toml: {error}") from error
+    return config, model.eval()
+
+
+def _one_line(config: OptimizerConfig) -> str:
+    """Show an optimizer in a few words: its name and rate."""
+    return f"{config.name} (lr {config.lr:g})"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one `part.field=value` in the raw configuration."""
+    path, equals, value = override.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"--set '{override}': expected part.field=value, such as optimizer.dense.lr=0.2")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set '{override}': '{key}' is a value and has no fields")
+    data[keys[-1]] = parsed
+
+
+def _explain(error: ValidationError, data: Mapping[str, Any], where: str) -> str:
+    """Say what is wrong with each key: its path, what was expected, what came, and the nearest valid name."""
+    details = error.errors()
+    if any(detail["loc"][:1] == ("data",) for detail in details):  # a stream that is wrong cannot bring its schema
+        details = [detail for detail in details if detail["loc"] != ("schema",)]
+    lines = [_explain_one(detail, data) for detail in details]
+    return "\n".join([f"{where}: {lines[0]}", *lines[1:]])
+
+
+def _explain_one(detail: ErrorDetails, data: Any) -> str:
+    path, place = [], data
+    loc = list(detail["loc"])
+    for i, part in enumerate(loc):
+        if isinstance(place, Mapping) and part not in place and i < len(loc) - 1:
+            continue  # the tag of a union, which the TOML does not spell out
+        path.append(str(part))
+        place = place.get(part) if isinstance(place, Mapping) else None
+    name = ".".join(path) or "the whole"
+    kind, given = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        known = sorted(_fields_at(RunConfig, loc[:-1]))
+        return f"unknown key '{name}'{nearest(path[-1], known)} (valid here: {', '.join(known)})"
+    if kind == "missing":
+        return f"'{name}' is missing; add it"
+    if kind == "union_tag_invalid":
+        context = detail["ctx"]
+        expected = str(context["expected_tags"])
+        near = nearest(str(context["tag"]), [tag.strip(" '") for tag in expected.split(",")])
+        key = f"{name}." + str(context["discriminator"]).strip("'")
+        return f"'{key}': expected one of {expected}, found '{context['tag']}'{near}"
+    if kind == "union_tag_not_found":
+        return f"'{name}': add {detail['ctx']['discriminator']}, which says what it is"
+    message = detail["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, Mapping | Settings) else f", found {given!r}"
+    return f"'{name}': {message[0].lower()}{message[1:]}{shown}"
+
+
+def _fields_at(annotation: Any, loc: Sequence[str | int]) -> list[str]:
+    """Return the keys that are valid at a place of the configuration."""
+    annotation = _bare(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
+        if not loc:
+            return list(fields)
+        return _fields_at(fields[str(loc[0])].annotation, loc[1:]) if str(loc[0]) in fields else []
+    if get_origin(annotation) is dict:
+        return _fields_at(get_args(annotation)[1], loc[1:]) if loc else []
+    if get_origin(annotation) in (Union, UnionType):
+        members = [_bare(member) for member in get_args(annotation) if member is not type(None)]
+        if len(members) == 1:
+            return _fields_at(members[0], loc)
+        tagged = [member for member in members if loc and loc[0] in _tags(member)]
+        return _fields_at(tagged[0], loc[1:]) if tagged else []
+    return []
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _tags(member: Any) -> set[Any]:
+    """Return the literal values that tell a member of a union from the others."""
+    tags: set[Any] = set()
+    for field in getattr(member, "model_fields", {}).values():
+        if get_origin(field.annotation) is Literal:
+            tags.update(get_args(field.annotation))
+    return tags

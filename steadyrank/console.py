@@ -1,0 +1,195 @@
+"""What a person sees in the terminal: progress bars and tables."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .evaluate import Metrics, share_attainable
+from .sequential import Parts, Watch
+from .sequential import Progress as RunProgress
+
+console = Console()
+errors = Console(stderr=True)
+
+_FEW_POSITIVES = 1_000
+
+
+def say(text: str) -> None:
+    """Print a line as it is: paths and commands must survive copying."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def start_line(parts: Parts) -> str:
+    """Say what is about to be trained."""
+    sizes, optimizers = parts.facts["parameters"], parts.facts["optimizer"]
+    return (
+        f"{parts.name}: {parts.reader.rows:,} rows, {len(parts.schema.features)} features, "
+        f"{len(parts.schema.tasks)} tasks; {sizes['dense']:,} dense parameters by {optimizers['dense']}"
+        + (f", {sizes['embedding']:,} in tables by {optimizers['tables']}" if "tables" in optimizers else "")
+    )
+
+
+@contextmanager
+def bar(what: str, unit: str) -> Iterator[Any]:
+    """Show a progress bar; yields a function of (done, total)."""
+    with Progress(
+        TextColumn(f"[bold]{escape(what)}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
+    ) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def training_bar(rows: int, start: int = 0) -> Iterator[Watch]:
+    """Show a run's rows, rate, losses, AUC so far and time left."""
+    columns = (
+        TextColumn("[bold]training"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+        TextColumn("{task.fields[auc]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=rows, completed=start, rate="", losses="", auc="")
+
+        def show(now: RunProgress) -> None:
+            progress.update(
+                task,
+                completed=now.rows,
+                rate=f"{now.rows_per_s:,.0f} rows/s",
+                losses="loss " + _few({name: f"{value:.3f}" for name, value in now.losses.items()}),
+                auc="AUC so far " + _few({name: f"{value:.3f}" for name, value in now.auc.items()}) if now.auc else "",
+            )
+
+        yield show
+
+
+def _few(values: Mapping[str, str], most: int = 3) -> str:
+    shown = [f"{escape(name)} {value}" for name, value in list(values.items())[:most]]
+    return ", ".join(shown) + (", ..." if len(values) > most else "")
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print a run's final table: every row was scored before it was learned."""
+    attainable = any("attainable" in task for task in summary["tasks"].values())
+    table = Table(
+        title=f"{escape(summary['name'])}: {summary['status']}, {summary['rows']:,} rows scored before learned"
+    )
+    for column in ("task", "metric", "run", "last day", "baseline", "of", "better by"):
+        table.add_column(column, justify="left" if column in ("task", "metric", "of") else "right")
+    if attainable:
+        table.add_column("attainable", justify="right")
+        table.add_column("share of it", justify="right")
+    for name, task in summary["tasks"].items():
+        metric = "auc" if task["kind"] == "binary" else "rmse"
+        cells = [
+            escape(name),
+            metric.upper(),
+            _number(task["run"][metric]),
+            _number(task["last_day"][metric]),
+            _number(task["baseline"][metric]),
+            escape(task["baseline"]["feature"]),
+            _better(gain(task)),
+        ]
+        if attainable:
+            cells += _attainable(task, metric)
+        table.add_row(*cells)
+    console.print(table)
+    for name, task in summary["tasks"].items():
+        if not gain(task) > 0:
+            console.print(f"[yellow]{escape(name)}[/]: {why_not(task)}")
+
+
+def gain(task: Mapping[str, Any], part: str = "run", baseline: str = "baseline") -> float:
+    """Return by how much a task beats its baseline: AUC gained, or RMSE saved."""
+    if task["kind"] == "binary":
+        return float(task[part]["auc"] - task[baseline]["auc"])
+    return float(task[baseline]["rmse"] - task[part]["rmse"])
+
+
+def why_not(task: Mapping[str, Any]) -> str:
+    """Say by how much a task does not beat its baseline, and what in the log explains it."""
+    short, run = gain(task), task["run"]
+    if math.isnan(short):
+        return "no verdict: its label never varies, or is always masked, so that nothing can be ranked"
+    text = f"does not beat the running mean of {escape(task['baseline']['feature'])}, by {-short:.4f}"
+    positives = run.get("positives")
+    last = gain(task, "last_day", "baseline_last_day")
+    if last > 0:
+        return f"{text}; it does on the last day, by {last:.4f}: the model learns more slowly than a mean counts"
+    if positives is not None and positives < _FEW_POSITIVES:
+        return f"{text}; with {positives:,.0f} positive labels in one pass there is little to learn from"
+    return f"{text}, nor on the last day; try another rate, or a loss weight above 1"
+
+
+def print_evaluation(tasks: Metrics, days: Mapping[str, Metrics], kinds: Mapping[str, str], rows: int) -> None:
+    """Print the metrics of a log by task, then by day."""
+    for kind, metrics in (
+        ("binary", ("auc", "gauc", "log_loss", "normalised_entropy", "calibration")),
+        ("regression", ("rmse", "mae", "normalised_rmse")),
+    ):
+        names = [name for name in tasks if kinds[name] == kind]
+        if names:
+            table = Table(title=f"{rows:,} rows, {kind} tasks")
+            table.add_column("task")
+            for metric in metrics:
+                table.add_column(metric, justify="right")
+            for name in names:
+                table.add_row(escape(name), *(_number(tasks[name].get(metric, math.nan)) for metric in metrics))
+            console.print(table)
+    if len(days) > 1:
+        table = Table(title="by day (AUC, or RMSE of a regression)")
+        table.add_column("day")
+        for name in tasks:
+            table.add_column(escape(name), justify="right")
+        for day, of in days.items():
+            table.add_row(day, *(_number(of[name]["auc" if kinds[name] == "binary" else "rmse"]) for name in tasks))
+        console.print(table)
+
+
+def print_slices(slices: Mapping[int, Metrics], kinds: Mapping[str, str], feature: str) -> None:
+    """Print the metrics of each value of an id feature: its row in the feature's table, 0 for null."""
+    print_rows(
+        [
+            {feature: value, **{t: m["auc" if kinds[t] == "binary" else "rmse"] for t, m in of.items()}}
+            for value, of in slices.items()
+        ],
+        f"by {feature} (AUC, or RMSE of a regression)",
+    )
+
+
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    """Print dictionaries of one shape as a table."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(escape(column), justify="right" if isinstance(rows[0][column], int | float) else "left")
+    for row in rows:
+        table.add_row(*(_number(v) if isinstance(v, float) else escape(str(v)) for v in row.values()))
+    console.print(table)
+
+
+def _attainable(task: Mapping[str, Any], metric: str) -> list[str]:
+    best = task["attainable"]
+    measure = "auc" if metric == "auc" else "normalised_rmse"
+    share = share_attainable(task["run"][measure], best[measure], task["kind"])
+    return [_number(best[metric]), "-" if math.isnan(share) else f"{share:.0%}"]
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _better(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"[{'green' if value > 0 else 'yellow'}]{value:+.4f}[/]"
