@@ -12,8 +12,8 @@ from .config import demo as demo_config
 from .console import (
     bar,
     errors,
+    print_columns,
     print_evaluation,
-    print_rows,
     print_slices,
     print_summary,
     say,
@@ -27,7 +27,7 @@ from .evaluate import evaluate as evaluate_model
 from .predict import predict as predict_log
 from .report.compare import compare as compare_runs
 from .report.page import write_report
-from .runs import RunFolder
+from .runs import RunFolder, next_folder
 from .sequential import Parts
 from .sequential import run as run_sequentially
 from .start import start_config
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool | None) -> None:
     if wanted:
         say(f"steadyrank {__version__}")
         raise typer.Exit
@@ -48,7 +48,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = None,
 ) -> None:
     """Hold the options of the command itself."""
 
@@ -163,7 +165,7 @@ def report(run: Run) -> None:
 @app.command(epilog="Example: steadyrank compare runs/clippy runs/adagrad")
 def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders.")]) -> None:
     """Put several runs side by side."""
-    print_rows(compare_runs(runs), "progressive AUC (binary tasks) and RMSE over that of a constant (regressions)")
+    print_columns(compare_runs(runs), "progressive AUC, and RMSE over that of a constant (NRMSE)")
 
 
 @app.command(epilog="Example: steadyrank prepare kuairand KuaiRand-1K kuairand.parquet")
@@ -196,7 +198,7 @@ def main() -> None:
 def _train(config: RunConfig, out: Path | None, overwrite: bool) -> Path:
     """Train in a new run folder and print what came out."""
     parts = config.build()  # before the folder is made: a wrong path or column leaves nothing behind
-    with RunFolder.create(out or config.next_folder(), overwrite=overwrite) as folder:
+    with RunFolder.create(out or next_folder(config.name), overwrite=overwrite) as folder:
         folder.write_config(config.to_toml())
         return _finish(parts, folder)
 

@@ -1,6 +1,5 @@
 """One run's configuration: the parts' configs together, from TOML and back to TOML."""
 
-import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -20,7 +19,7 @@ from .models.ranker import ModelConfig, Ranker
 from .optim.build import ClippyAdagradConfig, OptimizerConfig, RowWiseAdagradConfig, build_optimizer, split_parameters
 from .runs import RunFolder
 from .schema import Schema
-from .sequential import Parts, TrainConfig
+from .sequential import Parts, TrainConfig, find_device
 from .settings import Settings
 
 DataConfig = Annotated[LogsConfig | StreamConfig, Field(discriminator="source")]
@@ -83,10 +82,6 @@ class RunConfig(Settings):
                 return data  # refused again below, under its full path
         return {**data, "schema": Stream(source).schema()} if isinstance(source, StreamConfig) else data
 
-    def next_folder(self) -> Path:
-        """Return the first `runs/NAME-N` that does not exist yet."""
-        return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{self.name}-{n}").exists())
-
     def source(self) -> Source:
         """Open the log."""
         if isinstance(self.data, StreamConfig):
@@ -115,6 +110,7 @@ class RunConfig(Settings):
         Raises:
             ConfigError, DataError: The log cannot be opened, or lacks a column.
         """
+        device = find_device(self.train.device)
         reader, model = self.build_reader(source), self.build_model()
         optimizers = self.build_optimizers(model)
         summary = model.summary()
@@ -122,7 +118,7 @@ class RunConfig(Settings):
             "parameters": {"dense": summary.dense, "embedding": summary.embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
         }
-        return Parts(self.name, self.schema_, reader, model, optimizers, self.train, facts)
+        return Parts(self.name, self.schema_, reader, model, optimizers, self.train, device, facts)
 
     def to_toml(self) -> str:
         """Return the whole configuration as TOML; `load` of it gives an equal object."""

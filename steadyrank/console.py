@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .evaluate import Metrics, share_attainable
+from .evaluate import Metrics
+from .metrics import share_attainable
 from .sequential import Parts, Watch
 from .sequential import Progress as RunProgress
 
@@ -46,64 +48,50 @@ def bar(what: str, unit: str) -> Iterator[Any]:
 
 
 @contextmanager
-def training_bar(rows: int, start: int = 0) -> Iterator[Watch]:
-    """Show a run's rows, rate, losses, AUC so far and time left."""
+def training_bar(rows: int) -> Iterator[Watch]:
+    """Show how far a run is, the time left, its rate, and loss and AUC so far of as many tasks as fit."""
     columns = (
         TextColumn("[bold]training"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
-        TextColumn("{task.fields[rate]}"),
+        BarColumn(bar_width=16),
+        TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TextColumn("{task.fields[auc]}"),
+        TextColumn("{task.fields[now]}"),
     )
+    shown = max(1, (console.width - 56) // 28)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=rows, completed=start, rate="", losses="", auc="")
+        task = progress.add_task("training", total=rows, now="")
 
         def show(now: RunProgress) -> None:
-            progress.update(
-                task,
-                completed=now.rows,
-                rate=f"{now.rows_per_s:,.0f} rows/s",
-                losses="loss " + _few({name: f"{value:.3f}" for name, value in now.losses.items()}),
-                auc="AUC so far " + _few({name: f"{value:.3f}" for name, value in now.auc.items()}) if now.auc else "",
-            )
+            parts = [f"{now.rows_per_s:,.0f} rows/s"]
+            for name in list(now.losses)[:shown]:
+                auc = f" AUC {now.auc[name]:.3f}" if name in now.auc else ""
+                parts.append(f"{escape(name)} loss {now.losses[name]:.3f}{auc}")
+            progress.update(task, completed=now.rows, now=", ".join(parts))
 
         yield show
 
 
-def _few(values: Mapping[str, str], most: int = 3) -> str:
-    shown = [f"{escape(name)} {value}" for name, value in list(values.items())[:most]]
-    return ", ".join(shown) + (", ..." if len(values) > most else "")
-
-
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print a run's final table: every row was scored before it was learned."""
-    attainable = any("attainable" in task for task in summary["tasks"].values())
+    tasks = summary["tasks"]
+    attainable = any("attainable" in task for task in tasks.values())
     table = Table(
-        title=f"{escape(summary['name'])}: {summary['status']}, {summary['rows']:,} rows scored before learned"
+        title=f"{escape(summary['name'])}: {summary['status']}, {summary['rows']:,} rows, each scored before learned",
+        box=box.SIMPLE_HEAD,
     )
-    for column in ("task", "metric", "run", "last day", "baseline", "of", "better by"):
-        table.add_column(column, justify="left" if column in ("task", "metric", "of") else "right")
+    for column in ("task", "", "run", "last day", "baseline", "better by"):
+        table.add_column(column, justify="left" if column in ("task", "", "baseline") else "right", no_wrap=True)
     if attainable:
-        table.add_column("attainable", justify="right")
-        table.add_column("share of it", justify="right")
-    for name, task in summary["tasks"].items():
+        table.add_column("of attainable", justify="right")
+    for name, task in tasks.items():
         metric = "auc" if task["kind"] == "binary" else "rmse"
-        cells = [
-            escape(name),
-            metric.upper(),
-            _number(task["run"][metric]),
-            _number(task["last_day"][metric]),
-            _number(task["baseline"][metric]),
-            escape(task["baseline"]["feature"]),
-            _better(gain(task)),
-        ]
+        cells = [_number(task["run"][metric]), _number(task["last_day"][metric])]
+        cells += [f"{_number(task['baseline'][metric])} {escape(task['baseline']['feature'])}", _better(gain(task))]
         if attainable:
-            cells += _attainable(task, metric)
-        table.add_row(*cells)
+            cells.append(_attainable(task, metric))
+        table.add_row(escape(name), metric.upper(), *cells)
     console.print(table)
-    for name, task in summary["tasks"].items():
+    for name, task in tasks.items():
         if not gain(task) > 0:
             console.print(f"[yellow]{escape(name)}[/]: {why_not(task)}")
 
@@ -138,7 +126,7 @@ def print_evaluation(tasks: Metrics, days: Mapping[str, Metrics], kinds: Mapping
     ):
         names = [name for name in tasks if kinds[name] == kind]
         if names:
-            table = Table(title=f"{rows:,} rows, {kind} tasks")
+            table = Table(title=f"{rows:,} rows, {kind} tasks", box=box.SIMPLE_HEAD)
             table.add_column("task")
             for metric in metrics:
                 table.add_column(metric, justify="right")
@@ -146,7 +134,7 @@ def print_evaluation(tasks: Metrics, days: Mapping[str, Metrics], kinds: Mapping
                 table.add_row(escape(name), *(_number(tasks[name].get(metric, math.nan)) for metric in metrics))
             console.print(table)
     if len(days) > 1:
-        table = Table(title="by day (AUC, or RMSE of a regression)")
+        table = Table(title="by day (AUC, or RMSE of a regression)", box=box.SIMPLE_HEAD)
         table.add_column("day")
         for name in tasks:
             table.add_column(escape(name), justify="right")
@@ -167,20 +155,37 @@ def print_slices(slices: Mapping[int, Metrics], kinds: Mapping[str, str], featur
 
 
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
-    """Print dictionaries of one shape as a table."""
-    table = Table(title=title)
+    """Print dictionaries of one shape as a table, each a row."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in rows[0]:
         table.add_column(escape(column), justify="right" if isinstance(rows[0][column], int | float) else "left")
     for row in rows:
-        table.add_row(*(_number(v) if isinstance(v, float) else escape(str(v)) for v in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
 
 
-def _attainable(task: Mapping[str, Any], metric: str) -> list[str]:
-    best = task["attainable"]
+def print_columns(rows: list[dict[str, Any]], title: str) -> None:
+    """Print dictionaries of one shape side by side, each a column: many facts about few things."""
+    first, *others = rows[0]
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for row in rows:
+        table.add_column(_cell(row[first]), justify="right", overflow="fold")
+    for name in others:
+        table.add_row(escape(name), *(_cell(row[name]) for row in rows))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return (
+        _number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else escape(str(value))
+    )
+
+
+def _attainable(task: Mapping[str, Any], metric: str) -> str:
     measure = "auc" if metric == "auc" else "normalised_rmse"
-    share = share_attainable(task["run"][measure], best[measure], task["kind"])
-    return [_number(best[metric]), "-" if math.isnan(share) else f"{share:.0%}"]
+    share = share_attainable(measure, task["run"][measure], task["attainable"][measure])
+    return "-" if math.isnan(share) else f"{share:.0%}"
 
 
 def _number(value: float) -> str:

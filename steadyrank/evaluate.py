@@ -5,7 +5,7 @@ Shapes: B rows of a batch, K tasks, R rows of a feature's table.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -85,24 +85,6 @@ def evaluate(
         slices={value: slices[value].compute() for value in sorted(slices)},
         attainable=truth.compute() if with_truth else None,
     )
-
-
-def share_attainable(value: float, attainable: float, kind: Literal["binary", "regression"]) -> float:
-    """Return how much of what can be learned was learned: 0 for a constant, 1 for the truth itself.
-
-    Binary, from AUC: `(auc - 0.5) / (attainable - 0.5)`. Regression, from `normalised_rmse`: the share of the
-    explainable variance, `(1 - nrmse^2) / (1 - attainable^2)`. NaN when there is nothing to learn.
-
-    Args:
-        value: the model's AUC or `normalised_rmse`.
-        attainable: the same of the true values on the same rows.
-        kind: of the task.
-
-    >>> round(share_attainable(0.65, 0.70, "binary"), 3), round(share_attainable(0.8, 0.6, "regression"), 4)
-    (0.75, 0.5625)
-    """
-    gained, gainable = (x - 0.5 if kind == "binary" else 1 - x * x for x in (value, attainable))
-    return gained / gainable if gainable else float("nan")
 
 
 class RunningMean:

@@ -3,6 +3,7 @@
 Shapes: B rows, F id features, N elements of one list feature, X number features, P position features, K tasks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -88,6 +89,8 @@ class Task(Settings):
     """A binary task: only rows whose label there is 1 count (watch time only where clicked)."""
     loss: Literal["bce", "mse", "huber", "auto"] = "auto"
     """`auto` is bce for binary tasks and mse for regressions."""
+    start: float | None = None
+    """What an untrained model predicts: the expected rate (binary, 0 to 1) or label, in the label's own unit."""
     loss_weight: float = Field(default=1.0, ge=0)
     """Weight of this task's loss in the total."""
     huber_delta: float = Field(default=1.0, gt=0)
@@ -102,7 +105,21 @@ class Task(Settings):
                 raise ValueError(f"loss '{self.loss}' belongs to regressions; a binary task takes 'bce'")
         elif self.loss == "bce":
             raise ValueError("loss 'bce' belongs to binary tasks; a regression takes 'mse' or 'huber'")
+        if self.start is not None:
+            if self.kind == "binary" and not 0 < self.start < 1:
+                raise ValueError(f"start is the expected rate of a binary label, between 0 and 1, not {self.start:g}")
+            if self.transform == "log1p" and self.start < 0:
+                raise ValueError(f"start is the expected label, 0 or more under log1p, not {self.start:g}")
         return self
+
+    @property
+    def start_logit(self) -> float:
+        """The model's output that stands for `start`; 0 without one."""
+        if self.start is None:
+            return 0.0
+        if self.kind == "binary":
+            return math.log(self.start / (1 - self.start))
+        return (math.log1p(self.start) if self.transform == "log1p" else self.start) / self.scale
 
     def encode(self, raw: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Turn raw labels into what the model learns: `log1p(raw) / scale`, or `raw / scale`."""

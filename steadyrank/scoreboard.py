@@ -80,9 +80,7 @@ class Scoreboard:
 
     def _means(self, name: str) -> Metrics:
         sums = self._sums[name]
-        return {
-            task: {self._metric(task): total / rows if rows else math.nan} for task, (total, rows) in sums.items()
-        }
+        return {task: {self._metric(task): total / rows if rows else math.nan} for task, (total, rows) in sums.items()}
 
     def summary(self) -> dict[str, Any]:
         """Return, by task: its kind and the metrics of run, last day, best baseline and, if known, the truth."""

@@ -57,6 +57,7 @@ class Parts:
     model: nn.Module
     optimizers: dict[str, Optimizer]
     config: TrainConfig
+    device: torch.device
     facts: dict[str, Any] = field(default_factory=dict)
     """More for the summary: sizes of the model, names of the optimizers."""
 
@@ -121,8 +122,7 @@ class _Session:
 
     def __init__(self, parts: Parts, folder: RunFolder, watch: Watch | None) -> None:
         self.parts, self.folder, self.watch = parts, folder, watch
-        self.device = _device(parts.config.device)
-        parts.model.to(self.device)
+        parts.model.to(parts.device)
         for optimizer in parts.optimizers.values():  # state that was made with the weights moves with them
             optimizer.load_state_dict(optimizer.state_dict())
         self.step, self.rows, self.seconds = 0, 0, 0.0
@@ -143,7 +143,7 @@ class _Session:
         config = self.parts.config
         self._mark = (time.perf_counter(), self.rows)
         steps = fit(
-            self.parts.model, self.parts.optimizers, self._batches(), self.parts.schema.tasks, device=self.device
+            self.parts.model, self.parts.optimizers, self._batches(), self.parts.schema.tasks, device=self.parts.device
         )
         for batch, outcome in steps:
             self._note(batch, outcome)
@@ -303,7 +303,12 @@ class _Session:
         }
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is a GPU when there is one.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

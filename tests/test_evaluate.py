@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from steadyrank.errors import CheckpointError, ConfigError
-from steadyrank.evaluate import GLOBAL, RunningMean, best, evaluate, share_attainable
+from steadyrank.evaluate import GLOBAL, RunningMean, best, evaluate
 from steadyrank.metrics import DAY_US, TaskMetrics
 from steadyrank.schema import Batch, Schema
 
@@ -193,12 +193,3 @@ def test_best_takes_the_higher_auc_and_the_lower_rmse() -> None:
     }
     assert best(values) == {"click": "item", "watch": "user", "like": "global"}
     assert best({}) == {}
-
-
-def test_share_of_the_attainable() -> None:
-    assert share_attainable(0.5, 0.7, "binary") == 0
-    assert share_attainable(0.7, 0.7, "binary") == share_attainable(0.6, 0.6, "regression") == 1
-    assert share_attainable(1.0, 0.6, "regression") == 0
-    assert share_attainable(1.1, 0.6, "regression") < 0
-    assert math.isnan(share_attainable(0.6, 0.5, "binary"))
-    assert math.isnan(share_attainable(0.9, 1.0, "regression"))

@@ -28,6 +28,7 @@ from steadyrank.metrics import (
     normalised_entropy,
     normalised_rmse,
     rmse,
+    share_attainable,
 )
 from steadyrank.metrics.functions import SUMS, merge_sums, task_sums
 
@@ -357,3 +358,14 @@ def test_misshapen_input_is_named() -> None:
         TaskMetrics(KINDS).update(one, one, one, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="capacity of 1 row or more, got 0"):
         TaskMetrics(KINDS, capacity=0)
+
+
+def test_share_of_the_attainable() -> None:
+    assert share_attainable("auc", 0.5, 0.7) == 0
+    assert share_attainable("auc", 0.7, 0.7) == share_attainable("normalised_rmse", 0.6, 0.6) == 1
+    assert share_attainable("normalised_rmse", 1.0, 0.6) == 0
+    assert share_attainable("normalised_rmse", 1.1, 0.6) < 0
+    assert share_attainable("normalised_entropy", 0.9, 0.8) == pytest.approx(0.5)
+    assert math.isnan(share_attainable("auc", 0.6, 0.5))
+    assert math.isnan(share_attainable("normalised_rmse", 0.9, 1.0))
+    assert math.isnan(share_attainable("rmse", 0.9, 0.5))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from steadyrank.errors import CheckpointError
 from steadyrank.report import compare, write_report
 from steadyrank.report.figures import PALETTE, Panel, Readings, draw, find_tasks, thin
-from steadyrank.report.page import attainable_share, task_sentence
+from steadyrank.report.page import task_sentence
 from steadyrank.runs import RunFolder
 
 SCRIPT = "<script>alert(1)</script>"
@@ -297,14 +297,10 @@ def test_thinning_keeps_the_extremes(values: list[float], limit: int) -> None:
         assert shown.max() == finite.max()
 
 
-def test_sentences_and_shares_of_what_cannot_be_said() -> None:
+def test_sentences_of_what_cannot_be_said() -> None:
     nothing = {"kind": "binary", "run": {"auc": math.nan}, "baseline": {"feature": "item", "auc": 0.6}}
     assert task_sentence("a", nothing).mark == "bad"
     assert task_sentence("a", {"kind": "binary", "run": {"auc": 0.6}}).verdict == "no baseline to compare with"
-    assert attainable_share("auc", nothing) is None
-    assert attainable_share("auc", {"run": {"auc": 0.5}, "attainable": {"auc": 0.5}}) is None
-    error = {"run": {"normalised_rmse": 0.9}, "attainable": {"normalised_rmse": 0.8}}
-    assert attainable_share("normalised_rmse", error) == pytest.approx(0.5)
 
 
 def test_compare_puts_runs_in_rows_with_the_same_columns(run: RunFolder, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ..schema import Batch, IdFeature, IdsFeature, Ragged, Schema, Task
 US_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0.001}
 US_PER_DAY = 86_400_000_000
 TRUTH = "truth/"  # prefix of the columns in which a generated stream gives its true expectations
+MAX_LABEL = 1e30  # the largest label or weight: a few more would not fit float32
 _EPOCH_LIMIT_US = 4_102_444_800_000_000 * 5  # the year 2620; later times are a wrong unit
 
 Ints = NDArray[np.int64]
@@ -194,9 +195,7 @@ class _Reader:
         array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         if isinstance(array, pa.ChunkedArray):  # combine_chunks keeps a chunked array when there is no chunk
             array = array.chunk(0) if array.num_chunks else pa.array([], type=array.type)
-        if pa.types.is_dictionary(array.type) and not _is_string(array.type):
-            return array.dictionary_decode()
-        return array
+        return _plain(array)
 
     def _fail(self, column: str, what: str, offset: int | None = None) -> DataError:
         where = self.place.file if offset is None else self.place.row(offset)
@@ -308,7 +307,7 @@ class _Reader:
             )
         lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         owner = np.repeat(np.arange(len(lengths)), lengths)
-        values = self._table_rows(feature, array.flatten(), start, owner)
+        values = self._table_rows(feature, _plain(array.flatten()), start, owner)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         if feature.max_length is not None and len(lengths) and lengths.max() > feature.max_length:
             keep = (offsets[1:][owner] - np.arange(len(values))) <= feature.max_length
@@ -355,7 +354,7 @@ class _Reader:
         weight = np.ones(len(raw))
         if task.weight is not None:
             weight = self.floats(task.weight, self._column(task.weight), "a weight (a number)")
-            self._check(task.weight, weight, (weight < 0) | (weight > 1e30), "expected a weight from 0 to 1e30")
+            self._check(task.weight, weight, (weight < 0) | (weight > MAX_LABEL), "expected a weight from 0 to 1e30")
             weight = np.nan_to_num(weight)
         if task.mask is not None:
             weight[np.nan_to_num(self.floats(task.mask, self._column(task.mask), "a mask"), nan=1.0) != 0] = 0
@@ -366,7 +365,7 @@ class _Reader:
             self._check(task.column, raw, wrong, "expected a binary label, 0 or 1 (or null)")
         elif task.transform == "log1p":
             self._check(task.column, raw, raw < 0, "transform = 'log1p' expects a label of 0 or more")
-        self._check(task.column, raw, np.abs(raw) > 1e30, "expected a label below 1e30")
+        self._check(task.column, raw, np.abs(raw) > MAX_LABEL, "expected a label below 1e30")
         return raw, weight
 
     def _check(self, column: str, values: Floats, wrong: NDArray[np.bool_], expected: str) -> None:
@@ -400,6 +399,13 @@ def _is_numeric(kind: pa.DataType) -> bool:
     )
 
 
+def _plain(array: pa.Array) -> pa.Array:
+    """Decode a dictionary of anything but strings, or with a null among its values."""
+    if not pa.types.is_dictionary(array.type) or (_is_string(array.type) and not array.dictionary.null_count):
+        return array
+    return array.dictionary_decode()
+
+
 def _row(offset: int, owner: Ints | None) -> int:
     """Return the row of the log that an element lies in."""
     return offset if owner is None else int(owner[offset])
@@ -413,8 +419,6 @@ def _words(text: pa.Array) -> pa.Array:
 
 def _by_distinct(array: pa.Array, compute: Callable[[pa.Array], NDArray[Any]]) -> Ints:
     """Compute a value for each distinct string and spread it over the rows; null gives 0."""
-    if pa.types.is_dictionary(array.type) and array.dictionary.null_count:
-        array = array.dictionary_decode()
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     if encoded.null_count:
         indices = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy(zero_copy_only=False)

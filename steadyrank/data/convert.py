@@ -108,6 +108,8 @@ def _write(blocks: Iterator[pa.Table], part: Path, sort: str | None) -> int:
             return 0
         table = pa.concat_tables(tables, promote_options="permissive")
         check_known(sort, table.schema.names, "column to sort by", DataError)
+        if pa.types.is_nested(table.schema.field(sort).type):  # an empty struct even crashes Arrow
+            raise DataError(f"column '{sort}' holds {table.schema.field(sort).type}; sort by a time, number or text")
         blocks = iter([table.sort_by(sort)])
     rows, writer = 0, None
     try:
@@ -148,7 +150,7 @@ def _decompressed(raw: io.BufferedReader, source: Path) -> pa.NativeFile:
 def _open_csv(stream: pa.NativeFile, delimiter: str, types: dict[str, pa.DataType]) -> pacsv.CSVStreamingReader:
     return pacsv.open_csv(
         stream,
-        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
+        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),  # threads lose the rows' numbers
         parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pacsv.ConvertOptions(column_types=types, null_values=_NULLS, strings_can_be_null=True),
     )
@@ -177,13 +179,13 @@ def _widen(message: str, source: Path, types: dict[str, pa.DataType]) -> bool:
     with source.open("rb") as raw:
         name = _open_csv(_decompressed(raw, source), _SUFFIXES[_kind(source)], {}).schema.names[int(found[1])]
     start = [str(kind) for kind in _LADDER].index(found[2]) + 1 if found[2] in map(str, _LADDER) else 0
-    types[name] = next(kind for kind in _LADDER[start:] if _takes(kind, found[3]))
+    types[name] = next(kind for kind in _LADDER[start:] if _takes(kind, pa.array([found[3]])))
     return True
 
 
-def _takes(kind: pa.DataType, value: str) -> bool:
+def _takes(kind: pa.DataType, texts: pa.Array | pa.ChunkedArray) -> bool:
     try:
-        pa.array([value]).cast(kind)
+        texts.cast(kind)
     except pa.ArrowInvalid:
         return False
     return True
@@ -202,12 +204,13 @@ def _json_blocks(stream: pa.NativeFile, types: dict[str, pa.DataType]) -> Iterat
             try:
                 table = _parse_json(data, wanted, line)
             except DataError:
-                _note_wider(types, wanted, _parse_json(data, pa.schema([]), line).schema)
+                _note_wider(types, wanted, _parse_json(data, pa.schema([]), line))
                 raise
             if schema is None:
                 schema = table.schema
+                _set_wider(types, _times_in(table.drop_columns(list(types))))
             elif table.schema != schema:
-                _note_wider(types, schema, table.schema)
+                _note_wider(types, schema, table)
             yield table.select(schema.names)
         line += _lines(data + newline)
         if not block:
@@ -232,30 +235,44 @@ def _lines(data: bytes) -> int:
     return data.count(b"\n")
 
 
-def _note_wider(types: dict[str, pa.DataType], known: pa.Schema, found: pa.Schema) -> None:
-    """Note the columns that need a wider type, or are new, and ask for the file to be read again."""
-    wider = {f.name: f.type for f in found if f.name not in known.names}
-    for own in (field for field in known if field.name in found.names):
-        kind = _join_types(own, found.field(own.name))
-        if kind != own.type:
-            wider[own.name] = kind
+def _times_in(table: pa.Table) -> dict[str, pa.DataType]:
+    """Return the texts whose every value is a time: Arrow's JSON reader knows whole seconds only."""
+    found: dict[str, pa.DataType] = {}
+    for name in (field.name for field in table.schema if pa.types.is_string(field.type)):
+        kinds = [kind for kind in _LADDER if pa.types.is_timestamp(kind) and _takes(kind, table.column(name))]
+        if kinds and table.column(name).null_count < len(table):
+            found[name] = kinds[0]
+    return found
+
+
+def _note_wider(types: dict[str, pa.DataType], known: pa.Schema, table: pa.Table) -> None:
+    """Note the columns of a block that need a wider type than is known, or are new."""
+    wider: dict[str, pa.DataType] = {}
+    found = {field.name: field.type for field in table.schema} | _times_in(table)
+    for name, kind in found.items():
+        own = known.field(name).type if name in known.names else kind
+        joined = _join_types(name, own, kind)
+        if name not in known.names or joined != own:
+            wider[name] = joined
+    _set_wider(types, wider)
+
+
+def _set_wider(types: dict[str, pa.DataType], wider: dict[str, pa.DataType]) -> None:
+    """Note wider types, and ask for the file to be read again if there are any."""
     if wider:
         types.update(wider)
         raise _WiderTypeError
 
 
-def _join_types(one: pa.Field, other: pa.Field) -> pa.DataType:
+def _join_types(name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
     """Return the type that holds two; what only looked like a time is a text."""
-    if any(pa.types.is_string(f.type) for f in (one, other)) and any(
-        pa.types.is_timestamp(f.type) for f in (one, other)
-    ):
-        return pa.string()
+    schemas = [pa.schema([(name, kind)]) for kind in (one, other)]
     try:
-        return pa.unify_schemas([pa.schema([one]), pa.schema([other])], promote_options="permissive").field(0).type
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except pa.ArrowTypeError as error:
-        raise DataError(
-            f"column '{one.name}' changes from {one.type} to {other.type}; write it with one type"
-        ) from error
+        if all(pa.types.is_string(kind) or pa.types.is_timestamp(kind) for kind in (one, other)):
+            return pa.string()
+        raise DataError(f"column '{name}' changes from {one} to {other}; write it with one type") from error
 
 
 def _first_line(error: Exception) -> str:

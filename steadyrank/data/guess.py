@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..schema import Feature, IdFeature, IdsFeature, NumberFeature, PositionFeature, Schema, Task
+from .columns import MAX_LABEL
 from .logs import Source
 
 SAMPLE_ROWS = 200_000
@@ -112,7 +113,8 @@ def _find_time(sample: pa.Table) -> tuple[str, str | None]:
             continue
         values = (column if unit else column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())).to_numpy()
         falls = float(np.mean(values[1:] < values[:-1])) if len(values) > 1 else 0.0
-        score += 2 if falls == 0 else -4 * falls
+        constant = len(values) > 1 and values.min() == values.max()  # sorted, but orders nothing
+        score += -2 if constant else 2 if falls == 0 else -4 * falls
         if score > 1 and (best is None or score > best[0]):
             best = (score, field.name, unit)
     if best is None:
@@ -142,13 +144,13 @@ def _find_tasks(sample: pa.Table, exclude: set[str]) -> dict[str, Task]:
         values = _numbers(sample.column(name))
         if _is_binary(values):
             if _BINARY.search(name):
-                tasks[name] = Task(kind="binary", column=name)
+                tasks[name] = Task(kind="binary", column=name, start=_rate(values))
             else:
                 others.append(name)
-        elif _AMOUNT.search(name) and len(values):
+        elif _AMOUNT.search(name) and len(values) and np.abs(values).max() <= MAX_LABEL:
             tasks[name] = _regression(name, values)
     if not tasks and others:  # no name says so: the last column of zeros and ones, as data sets have it
-        tasks[others[-1]] = Task(kind="binary", column=others[-1])
+        tasks[others[-1]] = Task(kind="binary", column=others[-1], start=_rate(_numbers(sample.column(others[-1]))))
     if not tasks:
         raise DataError(
             "no column looks like a label (0 and 1 under a name such as click, or a watch time, rating or quantity); "
@@ -160,9 +162,19 @@ def _find_tasks(sample: pa.Table, exclude: set[str]) -> dict[str, Task]:
 def _regression(name: str, values: NDArray[np.float64]) -> Task:
     heavy = bool(values.min() >= 0 and values.max() > 20 * (np.median(values) + 1))
     spread = float(np.std(np.log1p(values) if heavy else values)) or 1.0
+    mean = float(np.expm1(np.log1p(values).mean()) if heavy else values.mean())
     return Task(
-        kind="regression", column=name, transform="log1p" if heavy else "none", scale=float(f"{spread:.2g}") or 1.0
+        kind="regression",
+        column=name,
+        transform="log1p" if heavy else "none",
+        scale=float(f"{spread:.2g}") or 1.0,
+        start=float(f"{mean:.2g}"),
     )
+
+
+def _rate(values: NDArray[np.float64]) -> float:
+    """Return the base rate, rounded: a starting point, not a measurement."""
+    return min(max(float(f"{values.mean():.1g}"), 0.001), 0.99)
 
 
 def _find_feature(name: str, column: pa.ChunkedArray) -> tuple[Feature | None, str]:
@@ -186,7 +198,7 @@ def _find_feature(name: str, column: pa.ChunkedArray) -> tuple[Feature | None, s
     values = _numbers(column)
     if not len(values):
         return None, "left out: no finite value"
-    whole = bool(np.all(values == np.floor(values)))
+    whole = bool(np.all((values == np.floor(values)) & (np.abs(values) < 2.0**63)))
     if whole and _POSITION.search(name):
         return PositionFeature(column=name, rows=int(np.clip(values.max() + 1, 1, 1000))), "place on the page"
     if whole and (_ID.search(name) or distinct <= 50 or _USER.fullmatch(name) or _ITEM.fullmatch(name)):

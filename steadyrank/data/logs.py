@@ -455,29 +455,34 @@ def _partition_type(key: str, constants: dict[str, dict[str, str | None]]) -> pa
 
 def _footer(filesystem: pafs.FileSystem, file: str) -> pq.FileMetaData:
     with _arrow_errors(file, None), filesystem.open_input_file(file) as stream:
-        return pq.read_metadata(stream)
+        footer = pq.read_metadata(stream)
+        _names(footer)  # a spoiled name shows here
+        return footer
 
 
 def _in_time_order(footers: dict[str, pq.FileMetaData], time: str) -> list[str]:
     """Return the files with rows by their first time, or by name where a file does not tell its own."""
-    starts = {file: _first_time(footer, time) for file, footer in footers.items() if footer.num_rows}
-    if None in starts.values():
-        return sorted(starts)
-    return sorted(starts, key=lambda file: (starts[file], file))
+    files = sorted(file for file, footer in footers.items() if footer.num_rows)
+    starts: dict[str, Any] = {}
+    for file in files if len(files) > 1 else []:
+        with _arrow_errors(file, None):
+            starts[file] = _first_time(footers[file], time)
+    return files if None in starts.values() else sorted(files, key=starts.get)  # type: ignore[arg-type]  # one type
 
 
 def _first_time(footer: pq.FileMetaData, time: str) -> Any | None:
     """Return the smallest time of a file as its statistics give it, None where a row group has none."""
+    index = next((i for i in range(footer.num_columns) if footer.schema.column(i).path == time), None)
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     lows: list[Any] = []
-    for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
-        chunks = [group.column(i) for i in range(group.num_columns)] if group.num_rows else []
-        for found in (chunk.statistics for chunk in chunks if chunk.path_in_schema == time):
-            if found is None or not found.has_min_max:
-                return None
-            # Raw, as the next file may hold another unit, and `min` needs pandas for nanoseconds.
-            ticks = _NS_PER_UNIT.get(json.loads(found.logical_type.to_json()).get("timeUnit"))
-            lows.append(found.min if ticks is None else found.min_raw * ticks)
-    return min(lows, default=None)
+    for group in (group for group in groups if group.num_rows):
+        found = group.column(index).statistics if index is not None else None
+        if found is None or not found.has_min_max:
+            return None
+        # Raw, as the next file may hold another unit, and `min` needs pandas for nanoseconds.
+        ticks = _NS_PER_UNIT.get(json.loads(found.logical_type.to_json()).get("timeUnit"))
+        lows.append(found.min if ticks is None else found.min_raw * ticks)
+    return min(lows)
 
 
 @contextmanager

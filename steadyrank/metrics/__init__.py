@@ -11,6 +11,7 @@ from .functions import mae as mae
 from .functions import normalised_entropy as normalised_entropy
 from .functions import normalised_rmse as normalised_rmse
 from .functions import rmse as rmse
+from .functions import share_attainable as share_attainable
 from .streams import CAPACITY as CAPACITY
 from .streams import DAY_US as DAY_US
 from .streams import ProgressiveMetrics as ProgressiveMetrics

@@ -7,6 +7,7 @@ constant label) is NaN, and so is what a NaN score leaves undefined; nothing her
 Shapes: B rows, K tasks, S sums (see `SUMS`), T runs of tied scores, G groups.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -316,3 +317,26 @@ def histogram(scores: Any, labels: Any, weights: Any) -> Any:
     if nan.any():
         found[:, 0] = np.nan
     return found
+
+
+def share_attainable(metric: str, value: float, attainable: float) -> float:
+    """Return how much of what can be learned was learned: 0 for a constant, 1 for the truth itself.
+
+    AUC and GAUC: (value - 0.5) / (attainable - 0.5). Normalised entropy: (1 - value) / (1 - attainable). Normalised
+    RMSE: the share of the explainable variance, (1 - value^2) / (1 - attainable^2). NaN for any other metric, and where
+    there is nothing to learn.
+
+    Args:
+        metric: name of the metric, as `TaskMetrics.compute` gives it.
+        value: the model's.
+        attainable: that of the true values on the same rows.
+
+    >>> round(share_attainable("auc", 0.65, 0.70), 3), round(share_attainable("normalised_rmse", 0.8, 0.6), 4)
+    (0.75, 0.5625)
+    """
+    known = {"auc": (1, 0.5), "gauc": (1, 0.5), "normalised_entropy": (1, 1.0), "normalised_rmse": (2, 1.0)}
+    if metric not in known:
+        return math.nan
+    power, nothing = known[metric]
+    gained, gainable = (nothing - x**power for x in (value, attainable))
+    return gained / gainable if gainable else math.nan

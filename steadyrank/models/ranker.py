@@ -163,7 +163,10 @@ class Ranker(nn.Module):
         self.cross = None if config.cross is None else CrossNet(self.input_width, config.cross, generator)
         self.trunk = build_trunk(self.input_width, config.trunk, names, style, generator)
         self.towers = nn.ModuleDict(
-            {key: _make_tower(self.trunk.width_out, config.tower, style, generator) for key in module_keys(names)}
+            {
+                key: _make_tower(self.trunk.width_out, config.tower, style, generator, task.start_logit)
+                for key, task in zip(module_keys(names), schema.tasks.values(), strict=True)
+            }
         )
         self.position = _make_position(schema, config.position, generator.device)
 
@@ -209,9 +212,13 @@ class Ranker(nn.Module):
         return ModelSummary(sum(parts.values()) - embedding, embedding, self.input_width, parts)
 
 
-def _make_tower(width_in: int, widths: Sequence[int], style: Style, generator: torch.Generator) -> nn.Sequential:
+def _make_tower(
+    width_in: int, widths: Sequence[int], style: Style, generator: torch.Generator, start: float
+) -> nn.Sequential:
     hidden = MLP(width_in, widths, style, generator)
-    hidden.add_module("output", make_linear(hidden.width_out, 1, generator))
+    output = make_linear(hidden.width_out, 1, generator)
+    nn.init.constant_(output.bias, start)
+    hidden.add_module("output", output)
     return hidden
 
 

@@ -31,7 +31,7 @@ def compare(runs: Sequence[RunFolder | str | Path]) -> list[dict[str, Any]]:
         summary = folder.summary() or {"status": "unfinished"}
         found.append(
             {
-                "run": summary.get("name") or folder.path.name,
+                "run": folder.path.name,
                 "optimizer": summary.get("optimizer", {}).get("dense"),
                 "status": summary.get("status"),
                 "rows": summary.get("rows"),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeGuard
 import plotly.offline
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..metrics import share_attainable
 from ..runs import RunFolder
 from .figures import Panel, Readings, draw, find_tasks
 
@@ -133,22 +134,6 @@ def task_sentence(name: str, task: Mapping[str, Any]) -> Sentence:
     return Sentence(name, result, f"does not beat {known}, by {format_number(-gap)}", "bad")
 
 
-def attainable_share(metric: str, task: Mapping[str, Any]) -> float | None:
-    """Return how much of what could be learned was: 0 is knowing nothing, 1 the attainable.
-
-    Formula: (AUC - 0.5) / (attainable AUC - 0.5), and for errors relative to a constant's (normalised entropy and
-    normalised RMSE, e) (1 - e) / (1 - attainable e). None for other metrics, or where the attainable is unknown.
-
-    >>> attainable_share("auc", {"run": {"auc": 0.7}, "attainable": {"auc": 0.75}})
-    0.8
-    """
-    nothing = {"auc": 0.5, "gauc": 0.5, "normalised_entropy": 1.0, "normalised_rmse": 1.0}.get(metric)
-    reached, best = task.get("run", {}).get(metric), (task.get("attainable") or {}).get(metric)
-    if nothing is None or not _is_number(reached) or not _is_number(best) or best == nothing:
-        return None
-    return round((float(reached) - nothing) / (float(best) - nothing), 6)
-
-
 def format_number(value: Any) -> str:
     """Return a number with four decimals, or four digits where it is large or tiny; a dash for None.
 
@@ -196,15 +181,22 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value != "–"]
 
 
+def _share(metric: str, reached: Any, best: Any) -> float | None:
+    if not _is_number(reached) or not _is_number(best):
+        return None
+    share = share_attainable(metric, float(reached), float(best))
+    return None if math.isnan(share) else share
+
+
 def _task_table(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
     """Return one task's metrics: a row of cells for each metric that any column has."""
     columns = [task.get(column) or {} for column in _COLUMNS]
     rows = []
     for metric, title in _TITLES.items():
         if any(metric in column for column in columns):
-            share = attainable_share(metric, task)
+            share = _share(metric, columns[0].get(metric), columns[3].get(metric))
             cells = [format_number(column.get(metric)) for column in columns]
-            rows.append((title, [*cells, "–" if share is None else f"{share:.1%}"]))
+            rows.append((title, [*cells, "–" if share is None else f"{share:.0%}"]))
     return {
         "name": name,
         "kind": task.get("kind", ""),
