@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top down: a module may import what stands in a lower row, and its own folder.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["console", "start", "ladder"],
     ["config"],

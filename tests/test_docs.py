@@ -1,0 +1,87 @@
+"""Documents are programs: examples run, pages match the code, every public name is described."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import steadyrank
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_has_an_entry() -> None:
+    source = (ROOT / "steadyrank" / "__init__.py").read_text()
+    names = set(re.findall(r"^from \.\S+ import \w+ as (\w+)$", source, re.M))
+    assert names
+    assert all(hasattr(steadyrank, name) for name in names)
+    described = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "api.md").read_text()))
+    assert names <= described, f"docs/api.md lacks {sorted(names - described)}"
+
+
+def test_the_configuration_page_matches_the_code() -> None:
+    page = load(ROOT / "docs" / "configuration.py").write_page()
+    assert (ROOT / "docs" / "configuration.md").read_text() == page, "run: python docs/configuration.py"
+
+
+def test_the_example_of_an_own_loop_runs_and_shows_what_it_says() -> None:
+    example = load(ROOT / "examples" / "own_loop.py")
+    plain, no_factor = example.train(torch.optim.Adagrad)
+    clippy, factor = example.train(steadyrank.ClippyAdagrad)
+    assert no_factor == 1.0
+    assert 0 < factor < 1
+    assert clippy < 1 < plain  # 1 is the loss of a constant
+
+
+def test_the_snippet_of_the_readme_runs() -> None:
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippet is not None
+    model = torch.nn.Linear(2, 1)
+    names: dict[str, object] = {"model": model}
+    exec(snippet[1], names)
+    assert isinstance(names["optimizer"], steadyrank.ClippyAdagrad)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "recipes/README.md", *(f"docs/{p}" for p in ("data.md", "log.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_commands_of_the_pages_exist() -> None:
+    from steadyrank.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands}
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/data.md", "recipes/README.md"))
+    used = set(re.findall(r"^steadyrank (\w+)", text, re.M)) | set(re.findall(r"`steadyrank (\w+)", text))
+    assert used <= known
+    make = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", text, re.M):
+        assert re.search(rf"^{target}:", make, re.M)
+
+
+def test_the_packages_metadata_is_easy_to_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch_line = next(line for line in project["dependencies"] if line.startswith("torch"))
+    assert torch_line == "torch>=2.6"
+    assert project["license"] == "Apache-2.0"
+    done = subprocess.run([sys.executable, "-m", "steadyrank", "--version"], capture_output=True, text=True, check=True)
+    assert steadyrank.__version__ in done.stdout
