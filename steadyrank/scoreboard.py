@@ -15,7 +15,7 @@ from .schema import Batch, Schema
 
 CAPACITY = 2**18
 """Rows of the model's metrics that are kept exactly; earlier ones are in sums and histograms."""
-_OTHERS_CAPACITY = 2**16  # baselines and truth: AUC to 1e-6 is enough, and a checkpoint holds these rows
+_OTHERS_CAPACITY = 2**14  # baselines and truth: AUC to 1e-6 is enough, and a checkpoint holds these rows
 _MODEL, _TRUTH = "model", "truth"
 
 

@@ -219,7 +219,7 @@ def fit(
         >>> batch = Batch(none, (), x, none, labels=(x > 0).float(), weights=torch.ones(2, 1), time=zero, group=zero)
         >>> sgd = torch.optim.SGD(model.parameters(), lr=1.0)
         >>> [round(step.total.item(), 3) for _, step in fit(model, [sgd], [batch] * 3, schema.tasks)]
-        [0.693, 0.474, 0.352]
+        [0.693, 0.474, 0.348]
     """
     held = list(optimizers.values() if isinstance(optimizers, Mapping) else optimizers)
     ordered = list(tasks.values())

@@ -134,7 +134,7 @@ def test_the_page_says_what_came_out(run: RunFolder) -> None:
         "1 h 6 min",
         "1970-01-02 00:00 UTC",
         "12,345",
-        "80.0%",  # (0.7 - 0.5) / (0.75 - 0.5)
+        "80%",  # (0.7 - 0.5) / (0.75 - 0.5)
         "not finite",
         "the loss was inf task = click, loss = inf",
         "0.13%",  # 4 missing of 3000 rows
@@ -307,7 +307,7 @@ def test_compare_puts_runs_in_rows_with_the_same_columns(run: RunFolder, tmp_pat
     RunFolder.create(tmp_path / "killed")
     first, second = compare([run, tmp_path / "killed"])
     assert first == {
-        "run": "demo",
+        "run": "run",
         "optimizer": "clippy",
         "status": "diverged",
         "rows": 3000,

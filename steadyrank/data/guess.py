@@ -69,12 +69,19 @@ def guess_schema(source: Source) -> tuple[Schema, dict[str, str]]:
             time=time,
             time_unit=unit or "s",
             group=group,
-            baseline=tuple(name for name in (user, item) if name),
+            baseline=tuple(name for name in (user, item) if name) or _largest(features),
             features=features,
             tasks=tasks,
         ),
         notes,
     )
+
+
+def _largest(features: dict[str, Feature]) -> tuple[str, ...]:
+    """Return the two id features with the most rows: where no name says user or item, they say most about a row."""
+    ids = [name for name, feature in features.items() if isinstance(feature, IdFeature)]
+    rows = {name: feature.rows for name, feature in features.items() if isinstance(feature, IdFeature)}
+    return tuple(sorted(ids, key=lambda name: -rows[name])[:2])
 
 
 def _sample(source: Source) -> pa.Table:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from .functions import (
+    BINS,
     SUMS,
     TaskKind,
     areas,
@@ -171,7 +172,7 @@ class TaskMetrics:
             "columns": self._columns(),
             "sums": torch.from_numpy(self._sums_SK.copy()),
             "gauc": torch.from_numpy(self._gauc_2K.copy()),
-            "bins": {name: torch.from_numpy(bins.copy()) for name, bins in self._bins.items()},
+            "bins": {name: _pack_bins(bins) for name, bins in self._bins.items()},
             "rows": {name: torch.from_numpy(part) for name, part in rows._asdict().items()},
         }
 
@@ -188,7 +189,7 @@ class TaskMetrics:
             )
         self._sums_SK = state["sums"].numpy().copy()
         self._gauc_2K = state["gauc"].numpy().copy()
-        self._bins = {name: bins.numpy().copy() for name, bins in state["bins"].items()}
+        self._bins = {name: _unpack_bins(packed) for name, packed in state["bins"].items()}
         rows = _Rows(**{name: part.numpy().copy() for name, part in state["rows"].items()})
         self._chunks, self._kept = [rows], len(rows.groups)
 
@@ -229,6 +230,18 @@ class TaskMetrics:
             return auc(*rows.task(k))
         pos, neg = self._bins[name] + histogram(*rows.task(k))
         return ratio(*areas(pos, neg, np.array([0])))
+
+
+def _pack_bins(bins_2N: Any) -> dict[str, Tensor]:
+    """Keep the bins that are not empty: a few per cent of them, in a checkpoint that is written often."""
+    filled = np.flatnonzero(bins_2N.any(axis=0))
+    return {"filled": torch.from_numpy(filled), "weights": torch.from_numpy(bins_2N[:, filled])}
+
+
+def _unpack_bins(packed: Mapping[str, Tensor]) -> Any:
+    bins_2N = np.zeros((2, BINS))
+    bins_2N[:, packed["filled"].numpy()] = packed["weights"].numpy()
+    return bins_2N
 
 
 class ProgressiveMetrics:

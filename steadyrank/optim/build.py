@@ -150,6 +150,9 @@ def build_optimizer(
         )
     if sparse:
         _check_takes_sparse(config, named[0][0])
+        if config.name == "adagrad" and not torch.sparse.check_sparse_tensor_invariants.is_enabled():
+            # torch's Adagrad builds sparse tensors, and warns unless somebody has said no to checking them.
+            torch.sparse.check_sparse_tensor_invariants.disable()
     options = config.model_dump(exclude={"name"})
     build: Any = _CLASSES[config.name]  # each class has its own options
     built: Optimizer = build(named, **options)
