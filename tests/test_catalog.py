@@ -3,15 +3,19 @@
 import csv
 import random
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from steadyrank.config import load
 from steadyrank.data import catalog
 from steadyrank.data.catalog import DATASETS, prepare_dataset
 from steadyrank.data.logs import LogsConfig, ParquetLog
 from steadyrank.errors import ConfigError, DataError
+from steadyrank.models.ranker import paper_model
+from steadyrank.optim.build import ClippyAdagradConfig
 
 from .shared import shared
 
@@ -235,3 +239,46 @@ def test_wrong_paths_and_names_are_config_errors(folder: Path, tmp_path: Path) -
 
 def test_every_data_set_names_its_licence() -> None:
     assert all("CC" in line and "https://" in line for line in DATASETS.values())
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_run_that_its_log_has_the_columns_for(recipe: Path) -> None:
+    config = load(recipe)
+    assert config.name == recipe.stem
+    assert f"`{recipe.name}`" in (RECIPES / "README.md").read_text()
+    if isinstance(config.data, LogsConfig):
+        log = pq.read_schema(shared(f"data/{config.data.path}"))
+        assert set(config.schema_.columns) <= set(log.names)
+        assert not {task.column for task in config.schema_.tasks.values()} & {
+            feature.column for feature in config.schema_.features.values()
+        }, "a label is a feature"
+
+
+def test_the_kuairand_recipe_trains_on_what_prepare_makes(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kuairand.parquet"
+    prepare_dataset("kuairand", folder, target)
+    more = ["author_id={kind='id'}", "tag={kind='ids'}", "tab={kind='id',rows=15,hashed=false}"]
+    config = load(RECIPES / "kuairand.toml", [f"data.path={target}", *(f"schema.features.{line}" for line in more)])
+    (batch, _), *rest = config.build_reader().batches()
+    assert len(batch) == 5
+    assert not rest
+    assert config.build_model()(batch).shape == (5, 6)
+
+
+@pytest.mark.parametrize("name", ["small", "large", "large_dcn"])
+@pytest.mark.parametrize(("suffix", "divide"), [("", 1), ("_8th", 8)])
+def test_the_paper_recipes_spell_out_the_paper_models(
+    name: Literal["small", "large", "large_dcn"], suffix: str, divide: int
+) -> None:
+    config = load(RECIPES / f"paper_{name}{suffix}.toml")
+    assert config.model == paper_model(name, divide)
+    dense = config.optimizer.dense
+    assert isinstance(dense, ClippyAdagradConfig)
+    assert (dense.variable_relative_threshold, dense.absolute_threshold, dense.initial_accumulator_value) == (
+        0.5,
+        0.01,
+        0.1,
+    )
