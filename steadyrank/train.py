@@ -74,12 +74,11 @@ def guard(parameters: Iterable[nn.Parameter], losses_K: Float[Tensor, " tasks"])
     gradients = [p.grad for p in parameters if p.grad is not None]
     values = [g._values() if g.is_sparse else g for g in gradients]
     bad_tasks_K = ~torch.isfinite(losses_K)
-    bad_parameters_P = bad_tasks_K.new_zeros(len(values))
-    filled = [i for i, value in enumerate(values) if value.numel()]
-    if filled:
-        # The largest coordinate, not the L2 norm: finite gradients must not overflow to a bad verdict.
-        largest = torch._foreach_norm([values[i] for i in filled], ord=float("inf"))
-        bad_parameters_P[filled] = ~torch.isfinite(torch.stack([norm.to(losses_K) for norm in largest]))
+    filled = [value for value in values if value.numel()]
+    # The largest coordinate, not the L2 norm: finite gradients must not overflow to a bad verdict.
+    largest = iter(torch._foreach_norm(filled, ord=float("inf")) if filled else ())
+    norms = [next(largest).to(losses_K) if value.numel() else losses_K.new_zeros(()) for value in values]
+    bad_parameters_P = ~torch.isfinite(torch.stack(norms)) if norms else bad_tasks_K.new_zeros(0)
     ok = ~(bad_tasks_K.any() | bad_parameters_P.any())
     if ok.device.type != "cpu" or not bool(ok):
         for value in values:
