@@ -71,10 +71,10 @@ def read(folder: Path, strings: bool) -> Callable[[], int]:
 def train(optimizer: str) -> Callable[[], int]:
     """Learn the demo's batches, without metrics: the trainer's step alone."""
     config = demo(["data.rows=32768", f"optimizer.dense.name={optimizer}"])
-    batches = [batch for batch, _ in config.build_reader().batches()]
+    parts = config.build()
+    batches = [batch for batch, _ in parts.reader.batches()]
 
     def work() -> int:
-        parts = config.build()
         return sum(len(b) for b, _ in fit(parts.model, parts.optimizers, batches, config.schema_.tasks))
 
     return work

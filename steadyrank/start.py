@@ -80,12 +80,8 @@ def _sizes(rows: int) -> tuple[ReaderConfig, TrainConfig]:
         batch *= 2
     steps = max(1, rows // batch)
     window = max(1, min(200, steps // 20))
-    # A shuffled window lets a row be scored after later ones of its window were learned: keep windows short.
-    shuffled = min(65_536, max(batch, steps // 100 * batch))
-    return (
-        ReaderConfig(batch_size=batch, window_rows=shuffled),
-        TrainConfig(window_steps=window, log_every=min(20, window)),
-    )
+    # Rows of one order or session share their fate: shuffled, a row would be scored after its siblings were learned.
+    return ReaderConfig(batch_size=batch, shuffle=False), TrainConfig(window_steps=window, log_every=min(20, window))
 
 
 def _name(log: str) -> str:

@@ -219,6 +219,12 @@ def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
         prepare_dataset("kuairand", folder, tmp_path / "out.parquet")
 
 
+def test_two_versions_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    write(folder / "data" / "user_features_pure.csv", USERS, [user_row(1)])
+    with pytest.raises(DataError, match=r"expected one file 'user_features\*\.csv', found user_features_1k\.csv and"):
+        prepare_dataset("kuairand", folder, tmp_path / "out.parquet")
+
+
 def test_a_log_without_rows_is_refused(tmp_path: Path) -> None:
     write_kuairand(tmp_path / "in", {"log_standard_1k": []}, [user_row(1)], [video_row(1)])
     with pytest.raises(DataError, match=r"log_standard_1k\.csv: there is no row"):

@@ -115,7 +115,7 @@ def _prepare_kuairand(folder: Path, days: Path, part: Path, progress: Progress) 
     """
     folder = folder / "data" if (folder / "data").is_dir() else folder
     logs = _find(folder, "log_standard_*.csv")
-    (user_file, *_), (video_file, *_) = _find(folder, "user_features*.csv"), _find(folder, "video_features_basic*.csv")
+    user_file, video_file = _find_one(folder, "user_features*.csv"), _find_one(folder, "video_features_basic*.csv")
     for file, types in (*((log, _LOG) for log in logs), (user_file, _USERS), (video_file, _VIDEOS)):
         _check_columns(file, types)
     total = _deal_by_day(logs, days, progress)
@@ -182,8 +182,15 @@ def _find(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
+def _find_one(folder: Path, pattern: str) -> Path:
+    file, *others = _find(folder, pattern)
+    if others:
+        raise DataError(f"{folder}: expected one file '{pattern}', found {file.name} and {others[0].name}; keep one")
+    return file
+
+
 def _check_columns(file: Path, types: Types) -> None:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         header = next(csv.reader(lines), [])
     for name in types:
         check_known(name, header, f"column in {file}, where KuaiRand has", DataError)

@@ -53,7 +53,7 @@ class ReaderConfig(Settings):
     window_hours: float | None = Field(default=None, gt=0)
     """Hours of a window, instead of rows."""
     shuffle: bool = True
-    """Shuffle the rows inside a window (by the run's seed)."""
+    """Shuffle rows inside a window, by the run's seed; a row may then be scored after later ones were learned."""
     unsorted: Literal["sort", "refuse"] = "sort"
     """`sort`: rows out of order inside a window are sorted. `refuse`: an error, as it always is across windows."""
     max_missing_frac: float = Field(default=0.5, ge=0, le=1)
