@@ -33,6 +33,8 @@ class TrainConfig(Settings):
 
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; its own choice when left out. With other work on the machine fewer are much faster."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two readings; they cross to the host together."""
     window_steps: int = Field(default=100, ge=1)
@@ -97,6 +99,8 @@ def run(parts: Parts, folder: RunFolder, *, watch: Watch | None = None, resume: 
         DivergenceError: A step was not finite and `on_bad_step` is "stop".
         CheckpointError: The run folder cannot be written.
     """
+    if parts.config.threads is not None:
+        torch.set_num_threads(parts.config.threads)
     session = _Session(parts, folder, watch)
     if resume:
         session.resume()
