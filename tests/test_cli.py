@@ -124,7 +124,7 @@ def trained(steadyrank: Call, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def refused(result: tuple[int, str, str], pattern: str) -> None:
+def check_refused(result: tuple[int, str, str], pattern: str) -> None:
     code, _, err = result
     assert code == 2
     assert err.startswith("error: ")
@@ -135,26 +135,26 @@ def refused(result: tuple[int, str, str], pattern: str) -> None:
 def test_wrong_input_is_refused_and_leaves_nothing(steadyrank: Call, tmp_path: Path) -> None:
     write_log(tmp_path / "log.parquet")
     steadyrank("init", "log.parquet")
-    refused(steadyrank("init", "log.parquet"), "'run.toml' exists; give --overwrite")
-    refused(
+    check_refused(steadyrank("init", "log.parquet"), "'run.toml' exists; give --overwrite")
+    check_refused(
         steadyrank("init", "lag.parquet", "--out", "x.toml"),
         r"no file or folder 'lag\.parquet'; did you mean 'log\.parquet'",
     )
-    refused(steadyrank("train", "rn.toml"), r"no configuration file 'rn\.toml'; did you mean 'run\.toml'")
-    refused(steadyrank("train", "run.toml", "--set", "train.lgo_every=1"), "did you mean 'log_every'")
-    refused(
+    check_refused(steadyrank("train", "rn.toml"), r"no configuration file 'rn\.toml'; did you mean 'run\.toml'")
+    check_refused(steadyrank("train", "run.toml", "--set", "train.lgo_every=1"), "did you mean 'log_every'")
+    check_refused(
         steadyrank("train", "run.toml", "--set", "data.path=nowhere.parquet"), "no file or folder 'nowhere.parquet'"
     )
-    refused(
+    check_refused(
         steadyrank("train", "run.toml", "--set", "schema.tasks.click.column=clik"),
         "no column .* 'clik'; did you mean 'click'",
     )
-    refused(steadyrank("train", "run.toml", "--set", "train.device=tpu9"), "train.device = 'tpu9'")
-    refused(steadyrank("report", "nothing"), "nothing")
-    refused(steadyrank("compare", "nothing"), "nothing")
-    refused(steadyrank("evaluate", "nothing", "log.parquet"), "nothing")
-    refused(steadyrank("prepare", "kuairnd", "."), "no data set 'kuairnd'; did you mean 'kuairand'")
-    refused(steadyrank("convert", "log.xyz", "x.parquet"), "no file 'log.xyz'")
+    check_refused(steadyrank("train", "run.toml", "--set", "train.device=tpu9"), "train.device = 'tpu9'")
+    check_refused(steadyrank("report", "nothing"), "nothing")
+    check_refused(steadyrank("compare", "nothing"), "nothing")
+    check_refused(steadyrank("evaluate", "nothing", "log.parquet"), "nothing")
+    check_refused(steadyrank("prepare", "kuairnd", "."), "no data set 'kuairnd'; did you mean 'kuairand'")
+    check_refused(steadyrank("convert", "log.xyz", "x.parquet"), "no file 'log.xyz'")
     assert not Path("runs").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.parquet", "run.toml"]
 
@@ -172,20 +172,20 @@ def test_wrong_input_is_refused_and_leaves_nothing(steadyrank: Call, tmp_path: P
 def test_wrong_values_are_named(steadyrank: Call, trained: Path, column: str, values: list, message: str) -> None:
     write_log(Path("bad.parquet"), **{column: values})
     result = steadyrank("train", "run.toml", *FAST, "--set", "data.path=bad.parquet", "--out", "bad")
-    refused(result, r"bad\.parquet.*" + message)
+    check_refused(result, r"bad\.parquet.*" + message)
 
 
 def test_a_run_is_never_overwritten_without_being_told(steadyrank: Call, trained: Path) -> None:
     before = (trained / "summary.json").read_bytes()
-    refused(steadyrank("train", "run.toml", "--out", trained), "--overwrite")
+    check_refused(steadyrank("train", "run.toml", "--out", trained), "--overwrite")
     assert (trained / "summary.json").read_bytes() == before
     assert steadyrank("train", "run.toml", *FAST, "--out", trained, "--overwrite", "--set", "seed=3")[0] == 0
     assert (trained / "summary.json").read_bytes() != before
     Path("precious").mkdir()
     Path("precious/thesis.txt").write_text("years of work")
-    refused(steadyrank("train", "run.toml", "--out", "precious", "--overwrite"), "precious")
+    check_refused(steadyrank("train", "run.toml", "--out", "precious", "--overwrite"), "precious")
     assert Path("precious/thesis.txt").read_text() == "years of work"
-    refused(steadyrank("predict", trained, "log.parquet", "log.parquet"), "exists; give --overwrite")
+    check_refused(steadyrank("predict", trained, "log.parquet", "log.parquet"), "exists; give --overwrite")
 
 
 def test_resume_goes_on_with_a_run(steadyrank: Call, trained: Path) -> None:
@@ -203,4 +203,4 @@ def test_a_run_folder_from_another_version_is_refused(steadyrank: Call, trained:
         ("evaluate", trained, "log.parquet"),
         ("predict", trained, "log.parquet", "x"),
     ):
-        refused(steadyrank(*command), "format 99")
+        check_refused(steadyrank(*command), "format 99")

@@ -22,7 +22,7 @@ def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:
     return folder.load_checkpoint()["model"]
 
 
-def same_run(one: RunFolder, other: RunFolder) -> None:
+def check_same_run(one: RunFolder, other: RunFolder) -> None:
     """Check that two runs left the same weights, optimizer states, readings and summary, bit for bit."""
     left, right = one.load_checkpoint(), other.load_checkpoint()
     for key in left["model"]:
@@ -41,7 +41,7 @@ def same_run(one: RunFolder, other: RunFolder) -> None:
 
 
 def test_two_runs_are_bitwise_the_same(tmp_path: Path) -> None:
-    same_run(train(tiny(), tmp_path / "a"), train(tiny(), tmp_path / "b"))
+    check_same_run(train(tiny(), tmp_path / "a"), train(tiny(), tmp_path / "b"))
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_run_resumed_from_a_checkpoint_equals_the_run_that_went_through(tmp_pa
     killed = RunFolder.open(tmp_path / "killed")
     assert killed.checkpoints() == [7]
     run(config.build(), killed, resume=True)
-    same_run(whole, killed)
+    check_same_run(whole, killed)
     assert whole.summary()["missing"] == killed.summary()["missing"]
 
 
