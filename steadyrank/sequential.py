@@ -163,7 +163,12 @@ class _Session:
 
     def finish(self, status: str, message: str) -> dict[str, Any]:
         """Write what is left: readings, the last window, a checkpoint, the summary and the report."""
-        self._close_window()
+        try:
+            self._flush()
+        except DivergenceError as error:  # among the last steps before the log failed
+            message = f"{message}; {error}"
+        if status != "interrupted":  # a resume goes on with the window as it stands
+            self._close_window()
         if self.step:
             self.checkpoint()
         if status != "finished":

@@ -120,6 +120,9 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint_to_resume(tmp_path: Path) -> None
     run(tiny().build(), folder, resume=True)
     for key, value in weights_of(whole).items():
         assert torch.equal(value, weights_of(folder)[key])
+    for name, values in whole.readings("windows").items():
+        if name != "time":
+            np.testing.assert_array_equal(values, folder.readings("windows")[name], err_msg=name)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
