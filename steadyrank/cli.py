@@ -40,19 +40,12 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool | None) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Answer the options that need no command."""
+    if version:
         say(f"steadyrank {__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
-    ] = None,
-) -> None:
-    """Hold the options of the command itself."""
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

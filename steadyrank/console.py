@@ -109,12 +109,11 @@ def why_not(task: Mapping[str, Any]) -> str:
     if math.isnan(short):
         return "no verdict: its label never varies, or is always masked, so that nothing can be ranked"
     text = f"does not beat the running mean of {escape(task['baseline']['feature'])}, by {-short:.4f}"
-    positives = run.get("positives")
     last = gain(task, "last_day", "baseline_last_day")
     if last > 0:
         return f"{text}; it does on the last day, by {last:.4f}: the model learns more slowly than a mean counts"
-    if positives is not None and positives < _FEW_POSITIVES:
-        return f"{text}; with {positives:,.0f} positive labels in one pass there is little to learn from"
+    if task["kind"] == "binary" and run["positives"] < _FEW_POSITIVES:
+        return f"{text}; with {run['positives']:,.0f} positive labels in one pass there is little to learn from"
     return f"{text}, nor on the last day; try another rate, or a loss weight above 1"
 
 

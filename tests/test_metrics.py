@@ -147,7 +147,7 @@ def test_no_rows_and_all_masked_give_nan_and_count_zero(masked: bool) -> None:
         metrics.update(scores, torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
     for values in metrics.compute().values():
         assert values.pop("rows") == values.pop("weight") == 0
-        assert all(math.isnan(value) for value in values.values())
+        assert values.pop("rows") == values.pop("weight") == values.pop("positives", 0) == 0
 
 
 def test_large_logits_lose_no_digits() -> None:

@@ -203,7 +203,7 @@ def merge_sums(
 
 
 def binary_values(sums_S: Float64[np.ndarray, " sums"]) -> dict[str, float]:
-    """Return log loss, normalised entropy, calibration, rows and weight of a binary task from its sums."""
+    """Return log loss, normalised entropy, calibration, positives, rows and weight of a binary task from its sums."""
     s = dict(zip(SUMS, sums_S.tolist(), strict=True))
     loss, rate = ratio(s["loss"], s["weight"]), ratio(s["label"], s["weight"])
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)) if 0 < rate < 1 else 0.0
@@ -211,6 +211,7 @@ def binary_values(sums_S: Float64[np.ndarray, " sums"]) -> dict[str, float]:
         "log_loss": loss,
         "normalised_entropy": ratio(loss, float(entropy)),
         "calibration": ratio(s["predicted"], s["label"]),
+        "positives": s["label"],
         "rows": s["rows"],
         "weight": s["weight"],
     }

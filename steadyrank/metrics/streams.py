@@ -149,7 +149,8 @@ class TaskMetrics:
         """Return `{task: {metric: value}}`.
 
         A binary task has `auc`, `gauc` (if grouped), `log_loss` and `normalised_entropy`; a regression `rmse`,
-        `normalised_rmse` and `mae`; both `calibration`, `rows` (that are not masked) and `weight`.
+        `normalised_rmse` and `mae`; both `calibration`, `rows` (that are not masked) and `weight`; a binary task also
+        `positives`, the weight of its labels of 1.
         """
         rows = _Rows.cat(self._chunks, len(self.kinds))
         sums_SK = merge_sums(self._sums_SK, self._sums_of(rows))
