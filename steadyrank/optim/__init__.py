@@ -1,9 +1,5 @@
 """Clippy, what it is compared with, and how optimizers are built by name."""
 
-from .baselines import BAD_STEPS as BAD_STEPS
-from .baselines import STEP as STEP
-from .baselines import SUM as SUM
-from .baselines import GuardedOptimizer as GuardedOptimizer
 from .baselines import RowWiseAdagrad as RowWiseAdagrad
 from .build import AdagradConfig as AdagradConfig
 from .build import AdamConfig as AdamConfig
@@ -16,3 +12,7 @@ from .build import build_optimizer as build_optimizer
 from .build import split_parameters as split_parameters
 from .clippy import CLIP_FACTOR as CLIP_FACTOR
 from .clippy import ClippyAdagrad as ClippyAdagrad
+from .guarded import BAD_STEPS as BAD_STEPS
+from .guarded import STEP as STEP
+from .guarded import SUM as SUM
+from .guarded import GuardedOptimizer as GuardedOptimizer

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..errors import check_known
 from . import kernels
-from .baselines import SUM, GuardedOptimizer, check_not_negative, take_in, wide_dtype
+from .guarded import SUM, GuardedOptimizer, check_not_negative, take_in, wide_dtype
 
 CLIP_FACTOR = "clip_factor"
 """State key: sigma of the last step; 0-d, in [0, 1], on the device. 0 if refused, 1 if nothing was clipped."""
