@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from . import kernels
 
 STEP = "step"
@@ -40,27 +41,49 @@ def parameter_label(group: dict[str, Any], index: int) -> str:
     return f"parameter {index} of its group, of shape {tuple(group['params'][index].shape)},"
 
 
+@dataclass
+class Touched:
+    """What a step reads and writes of one parameter: all of it, or with a sparse gradient the rows that it touches."""
+
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    rows: Tensor | None = None
+    """The touched rows; `weight`, `grad` and the row states are then gathered copies of them."""
+
+
 class GuardedOptimizer(Optimizer):
-    """A `torch.optim.Optimizer` that never takes in a gradient which is not usable (`kernels.is_usable`).
+    """A `torch.optim.Optimizer` that never takes in a gradient which is not usable (`kernels.are_usable`).
 
     A step looks at each tensor alone. Where the gradient is bad, the weights and the accumulator of that tensor stay
     exactly as they were, `state["bad_steps"]` grows by one, and the other tensors step as usual. Nothing crosses to
     the host in a step.
 
-    A subclass gives `_fresh_state` and `_update`; dense gradients are passed on as they are, sparse ones as their
-    touched rows.
+    A subclass gives `_fresh_state`, and `_update` for one tensor or `_update_all` for all of a group; sparse gradients
+    reach both as their touched rows. A `state_dict` of the torch optimizer that a subclass stands for loads too.
     """
 
     row_states: ClassVar[tuple[str, ...]] = (SUM,)
     """The states with one entry for each row of the parameter: what a sparse step gathers and puts back."""
+    own_option: ClassVar[str] = ""
+    """A group's key by which a saved state is known to be of this class; without it only `shared_options` are taken."""
+    shared_options: ClassVar[tuple[str, ...]] = ("lr", "maximize", "initial_accumulator_value")
+    """Options that mean the same in the torch optimizer of which a saved state may come."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, and refuse options and parameters that cannot work.
 
         Raises:
-            ConfigError: an option is out of range or a parameter is not of a real floating-point type.
+            ConfigError: an option is out of range, a parameter is not of a real floating-point type, or it is in two
+                groups.
         """
-        super().add_param_group(param_group)
+        before = {id(p) for group in self.param_groups for p in group["params"]}
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            _check_in_one_group(param_group, before, error)
+            raise
         try:
             self._check_group(self.param_groups[-1])
         except ConfigError:
@@ -85,24 +108,38 @@ class GuardedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for index, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    self._step_one(param, index, group)
+            touched = [self._touch(p, i, group) for i, p in enumerate(group["params"]) if p.grad is not None]
+            if touched:
+                torch._foreach_add_([each.state[STEP] for each in touched], 1)
+                self._update_all(touched, group)
+                for each in touched:
+                    self._put_back(each)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep each state's dtype: torch would cast a float32 accumulator to bfloat16."""
-        loaded: dict[str, Any] = {}
+        """Load as torch does, and besides:
 
-        def remember(_: Optimizer, final: dict[str, Any]) -> None:
+        - keep each state's dtype, but at least float32: torch would cast a float32 accumulator to bfloat16;
+        - take the state of the torch optimizer of the same kind; what it does not have starts fresh, and of its
+          options only those are taken that mean the same here.
+
+        Raises:
+            CheckpointError: the state is of another model or of another optimizer; the parameter is named.
+        """
+        loaded: dict[str, Any] = {}
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+
+        def remember(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             loaded.update(final)
+            return {**final, "param_groups": self._with_own_options(final["param_groups"], options)}
 
         def restore(_: Optimizer) -> None:
-            saved = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-            here = chain.from_iterable(group["params"] for group in self.param_groups)
-            for key, param in zip(saved, here, strict=True):
-                for name, value in loaded["state"].get(key, {}).items():
-                    self.state[param][name] = value if name == STEP else value.to(param.device)
+            saved = list(chain.from_iterable(group["params"] for group in loaded["param_groups"]))
+            for group in self.param_groups:
+                for index, param in enumerate(group["params"]):
+                    given = loaded["state"].get(saved.pop(0), {})
+                    if given:
+                        self.state[param] = self._restored(param, index, group, given)
 
         # Hooks, so that ours sees what the user's own hooks made of the state, and theirs sees ours.
         handles = (
@@ -115,13 +152,48 @@ class GuardedOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _with_own_options(self, saved: list[Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Fill in what a saved group lacks; of a foreign one, only take what means the same."""
+        if len(saved) != len(own):
+            return saved  # torch says so
+        taken = []
+        for theirs, ours in zip(saved, own, strict=True):
+            foreign = bool(self.own_option) and self.own_option not in theirs
+            keep = {"params", "param_names", *self.shared_options} if foreign else theirs.keys()
+            taken.append({**ours, **{k: v for k, v in theirs.items() if k in keep}})
+        return taken
+
+    def _restored(self, param: Tensor, index: int, group: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return a parameter's state from a saved one."""
+        fresh = self._fresh_state(param, group)
+        missing = [key for key in self.row_states if key in fresh and key not in given]
+        if missing:
+            raise CheckpointError(
+                f"{parameter_label(group, index)} has the state of another optimizer: expected '{missing[0]}' for "
+                f"{type(self).__name__}, came {', '.join(map(repr, given))}"
+            )
+        state: dict[str, Any] = {**fresh, **{k: v for k, v in given.items() if isinstance(v, Tensor)}}
+        for key, value in state.items():
+            if key in fresh and value.shape != fresh[key].shape:
+                raise CheckpointError(
+                    f"{parameter_label(group, index)} is of another model: expected '{key}' of shape "
+                    f"{tuple(fresh[key].shape)}, came {tuple(value.shape)}"
+                )
+            if key == STEP:
+                state[key] = value.to("cpu", torch.float32)
+            else:
+                dtype = wide_dtype(value.dtype) if value.is_floating_point() else value.dtype
+                state[key] = value.to(param.device, dtype)
+        return state
+
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ConfigError(f"lr: expected a number or a tensor of one element, came shape {tuple(lr.shape)}")
-        for option in ("lr", "initial_accumulator_value", "eps"):
-            check_not_negative(option, float(group[option]))
-        if group["initial_accumulator_value"] + group["eps"] == 0:
+        for option in ("lr", "initial_accumulator_value", "eps", "weight_decay"):
+            if option in group:
+                check_not_negative(option, float(group[option]))
+        if group.get("initial_accumulator_value", 1) + group["eps"] == 0:
             raise ConfigError("initial_accumulator_value and eps: one must be above 0, or the first step is 0 / 0")
         for index, param in enumerate(group["params"]):
             if not param.is_floating_point():
@@ -134,36 +206,54 @@ class GuardedOptimizer(Optimizer):
             BAD_STEPS: torch.zeros((), dtype=torch.int64, device=param.device),
         }
 
+    def _update_all(self, touched: list[Touched], group: dict[str, Any]) -> None:
+        """Change the weights and states in place."""
+        for each in touched:
+            self._update(each.weight, each.grad, each.state, group)
+
     def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Change `weight` and the tensors of `state` in place."""
         raise NotImplementedError(f"{type(self).__name__} gives no _update")
 
-    def _step_one(self, param: Tensor, index: int, group: dict[str, Any]) -> None:
+    def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
         grad = param.grad
         assert grad is not None
-        rows_only = grad.layout == torch.sparse_coo and grad.sparse_dim() == 1
-        if grad.layout != torch.strided and not rows_only:
+        state = self.state[param]
+        if not state:
+            state.update(self._fresh_state(param, group))
+        if grad.layout == torch.strided:
+            return Touched(param, param, grad, state)
+        if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
             raise ConfigError(
                 f"{parameter_label(group, index)} has a gradient of layout {grad.layout}; expected a dense one, or a "
                 "sparse COO one over the first dimension only, as an embedding with sparse=True gives"
             )
-        state = self.state[param]
-        if not state:
-            state.update(self._fresh_state(param, group))
-        state[STEP] += 1
-        if rows_only:
-            self._update_rows(param, grad.coalesce(), state, group)
-        else:
-            self._update(param, grad, state, group)
-
-    def _update_rows(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        grad = grad.coalesce()
         rows = grad.indices()[0]
-        touched = {key: state[key].index_select(0, rows) for key in self.row_states}
-        weight = param.index_select(0, rows)
-        self._update(weight, grad.values(), {**state, **touched}, group)
-        param.index_copy_(0, rows, weight)
-        for key, value in touched.items():
-            state[key].index_copy_(0, rows, value)
+        gathered = {key: state[key].index_select(0, rows) for key in self.row_states if key in state}
+        return Touched(param, param.index_select(0, rows), grad.values(), {**state, **gathered}, rows)
+
+    def _put_back(self, touched: Touched) -> None:
+        if touched.rows is None:
+            return
+        touched.param.index_copy_(0, touched.rows, touched.weight)
+        state = self.state[touched.param]
+        for key in self.row_states:
+            if key in state:
+                state[key].index_copy_(0, touched.rows, touched.state[key])
+
+
+def _check_in_one_group(group: dict[str, Any], before: set[int], error: ValueError) -> None:
+    """Raise ConfigError, naming the parameter, if torch refused a group because of one that is in another."""
+    params = group["params"]
+    given = [params] if isinstance(params, Tensor) else list(params)
+    for index, param in enumerate(given):
+        name, tensor = param if isinstance(param, tuple) else (None, param)
+        if id(tensor) in before:
+            label = (
+                f"parameter '{name}'" if name else f"parameter {index} of the group, of shape {tuple(tensor.shape)},"
+            )
+            raise ConfigError(f"{label} is in another group already; give each parameter to one group only") from error
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,18 +1,24 @@
 """The formulas of the optimizers: tensors in, tensors out; no state, no defaults, no host sync.
 
-Symbols: w weight, g gradient, G accumulator (a sum of squared gradients), eta learning rate, sigma clip factor. A
-factor is one scalar for the whole tensor; one for each row will be the same reduction over fewer dimensions.
+Symbols: w weight, g gradient, G accumulator (a sum of squared gradients), m and v Adam's moments, eta learning rate,
+delta the step that would be taken unbounded, sigma clip factor; P tensors.
 
-What comes out of bad numbers is decided once, by `is_usable`: a gradient that fails it is replaced by zeros, and the
-learning rate by 0 (`keep_where`), before anything is computed from them. The other kernels then only see finite
-numbers.
+What is done alike for many tensors takes lists of them, so that on a GPU one launch serves a whole model (torch's
+`_foreach_` functions, which its own optimizers are made of). All of it also takes DTensors: what is reduced over a
+tensor is reduced over its shards.
+
+What comes out of bad numbers is decided once, by `is_usable` or `are_usable`: a gradient that fails is replaced by
+zeros (`keep_where`) before anything is computed from it. The other kernels then only see finite numbers.
 """
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+Tensors = list[Tensor]
 
 
 def is_usable(
@@ -53,15 +59,240 @@ def keep_where(usable: Bool[Tensor, ""], x: Float[Tensor, "*shape"]) -> Float[Te
     return torch.where(usable, x, 0.0)
 
 
+def whole(x: Tensor) -> Tensor:
+    """Return a reduced value as a plain tensor: of a DTensor, the value over all shards.
+
+    >>> whole(torch.tensor(2.0))
+    tensor(2.)
+    """
+    return cast(Tensor, x.full_tensor()) if hasattr(x, "full_tensor") else x
+
+
+def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
+    """Return the largest |x| of each tensor, over all its shards: [P]; a NaN counts as infinity, an empty tensor as 0.
+
+    Shards cost one collective for all tensors of one mesh together.
+
+    >>> largest([torch.tensor([1.0, -3.0]), torch.zeros(0)])
+    tensor([3., 0.])
+    """
+    plain = [_local(x) for x in xs]
+    filled = [x for x in plain if x.numel()]
+    sizes = iter(torch._foreach_norm(filled, ord=math.inf) if filled else ())
+    found = torch.stack([next(sizes) if x.numel() else x.new_zeros(()) for x in plain])
+    found = found.nan_to_num(nan=math.inf, posinf=math.inf)  # some collectives' maximum loses a NaN
+    meshes = {x.device_mesh for x in xs if hasattr(x, "device_mesh")}
+    if not meshes:
+        return found
+    from torch.distributed.tensor import DTensor, Partial  # heavy, and loaded already by whoever made the shards
+
+    for mesh in meshes:
+        # The largest of a replicated tensor over its copies is its own: the same reduction serves every placement.
+        over_shards = DTensor.from_local(found, mesh, [Partial("max")] * mesh.ndim).full_tensor()
+        mine = torch.tensor([getattr(x, "device_mesh", None) == mesh for x in xs], device=found.device)
+        found = torch.where(mine, over_shards, found)
+    return found
+
+
+def _local(x: Tensor) -> Tensor:
+    return cast(Tensor, x.to_local()) if hasattr(x, "to_local") else x
+
+
+HEADROOM = 0.75
+"""How near to the ends of a dtype's range squares and steps may come."""
+
+
+def gradient_limit(dtype: torch.dtype, lr: float | Tensor, floor: float) -> float | Tensor:
+    """Return the largest coordinate that a gradient may have: its square and its step stay far from infinity.
+
+        limit = 3/4 * min(sqrt(max), max * sqrt(floor) / eta),        max the largest number of the dtype
+
+    Args:
+        dtype: of the accumulator.
+        lr: eta; a tensor gives a tensor.
+        floor: what the accumulator plus epsilon never goes below, above 0.
+
+    >>> f"{gradient_limit(torch.float32, 0.1, 1e-7):.2e}"
+    '1.38e+19'
+    """
+    top = torch.finfo(dtype).max
+    square, step = math.sqrt(top) * HEADROOM, top * HEADROOM * math.sqrt(floor)
+    if isinstance(lr, Tensor):
+        return (step / lr).clamp(max=square)
+    return min(square, step / lr) if lr > 0 else square
+
+
+def are_usable(grads: Tensors, limit: float | Tensor, lr: float | Float[Tensor, ""]) -> Bool[Tensor, " tensors"]:
+    """Say of each gradient whether it can be taken in: no coordinate above the limit, none NaN, a finite rate.
+
+    >>> are_usable([torch.tensor([1.0]), torch.tensor([torch.nan, 1.0]), torch.tensor([1e20])], 1e16, 0.1)
+    tensor([ True, False, False])
+    """
+    sizes = largest(grads)
+    return (sizes <= limit) & torch.isfinite(torch.as_tensor(lr, device=sizes.device))
+
+
+def accumulate_squares(totals: Tensors, grads: Tensors) -> None:
+    """Add g^2 to each accumulator in place, which stops at the largest number instead of at infinity."""
+    torch._foreach_addcmul_(totals, grads, grads)
+    torch._foreach_clamp_max_(totals, torch.finfo(totals[0].dtype).max)
+
+
+def adagrad_deltas(grads: Tensors, totals: Tensors, lr: Float[Tensor, ""], eps: float) -> list[Tensor]:
+    """Return eta * g / sqrt(G + eps), what Adagrad subtracts from each weight.
+
+    >>> adagrad_deltas([torch.tensor([2.0, -4.0])], [torch.tensor([3.0, 15.0])], torch.tensor(0.1), 1.0)
+    [tensor([ 0.1000, -0.1000])]
+    """
+    roots = torch._foreach_add(totals, eps)
+    torch._foreach_sqrt_(roots)
+    if eps == 0:  # only then can it be 0 / 0: where nothing was ever accumulated
+        torch._foreach_clamp_min_(roots, torch.finfo(roots[0].dtype).tiny)
+    deltas = torch._foreach_div(grads, roots)
+    torch._foreach_mul_(deltas, lr)
+    return list(deltas)
+
+
+def adam_deltas(
+    means: Tensors, squares: Tensors, steps: Tensors, lr: Float[Tensor, ""], betas: tuple[float, float], eps: float
+) -> list[Tensor]:
+    """Return eta * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), what Adam subtracts from each weight.
+
+    Args:
+        means: m, after this step's gradient.
+        squares: v, likewise.
+        steps: t of each, 1 or more, 0-d.
+        lr: eta.
+        betas: b1 and b2.
+        eps: added to the root.
+
+    Source: Kingma and Ba, arXiv 1412.6980, Algorithm 1.
+
+    >>> one = torch.ones(())
+    >>> adam_deltas([torch.tensor([0.2])], [torch.tensor([0.004])], [one], one, (0.9, 0.999), 0.0)
+    [tensor([1.0000])]
+    """
+    roots = [torch.sqrt(v / (1 - betas[1] ** t)) for v, t in zip(squares, steps, strict=True)]
+    torch._foreach_add_(roots, max(eps, torch.finfo(roots[0].dtype).tiny))
+    rates = [lr / (1 - betas[0] ** t) for t in steps]
+    return [m * rate / root for m, rate, root in zip(means, rates, roots, strict=True)]
+
+
+def update_bounds(
+    weights: Tensors, relative: float, absolute: float, accumulator_relative: float, totals: Tensors, eps: float
+) -> list[Tensor]:
+    """Return how far each coordinate may move: lambda_rel * |w| + lambda_acc / sqrt(G + eps) + lambda_abs.
+
+    The middle term is the authors' extension; the paper has only the other two. All three thresholds are 0 or more.
+
+    >>> update_bounds([torch.tensor([0.0, -2.0])], 0.5, 0.01, 0.0, [], 0.0)
+    [tensor([0.0100, 1.0100])]
+    """
+    bounds = list(torch._foreach_abs(weights))
+    torch._foreach_mul_(bounds, relative)
+    if accumulator_relative > 0:
+        roots = torch._foreach_add(totals, eps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_reciprocal_(roots)
+        torch._foreach_add_(bounds, roots, alpha=accumulator_relative)
+    torch._foreach_add_(bounds, absolute)
+    return bounds
+
+
+def bound_ratios(deltas: Tensors, bounds: Tensors, positive: bool) -> list[Tensor]:
+    """Return |delta| / bound: above 1 where a coordinate would go too far.
+
+    A zero delta gives 0, be its bound zero or not; a zero bound with a non-zero delta gives infinity.
+
+    Args:
+        deltas: the steps.
+        bounds: how far each coordinate may move, 0 or more.
+        positive: whether every bound is known to be above 0, which saves a pass.
+
+    >>> bound_ratios([torch.tensor([-4.0, 0.0, 1.0])], [torch.tensor([2.0, 0.0, 0.0])], False)
+    [tensor([2., 0., inf])]
+    """
+    ratios = list(torch._foreach_abs(deltas))
+    torch._foreach_div_(ratios, bounds)
+    if not positive:
+        ratios = [torch.nan_to_num(ratio, nan=0.0, posinf=math.inf) for ratio in ratios]
+    return ratios
+
+
+def factor_of(worst: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return sigma = min(1, 1 / worst), the largest factor in [0, 1] that brings the worst ratio down to 1.
+
+    Source: Tang et al., KDD 2023, arXiv 2302.09178, Algorithm 1, where it stands as min(1, min_i bound_i / |delta_i|).
+
+    >>> factor_of(torch.tensor([4.0, 0.0, torch.inf]))
+    tensor([0.2500, 1.0000, 0.0000])
+    """
+    return worst.clamp(min=1.0).reciprocal_()
+
+
+def worst_by_row(ratio: Float[Tensor, "rows *width"]) -> Float[Tensor, "rows *ones"]:
+    """Return the largest ratio of each row (index of the first dimension), in a shape that broadcasts over it.
+
+    >>> worst_by_row(torch.tensor([[1.0, 3.0], [0.0, 2.0]]))
+    tensor([[3.],
+            [2.]])
+    """
+    rest = tuple(range(1, ratio.dim()))
+    return ratio.amax(rest, keepdim=True) if rest and ratio.numel() else ratio
+
+
+def worst_but_for(ratio: Float[Tensor, "*shape"], share: float, by_row: bool) -> Float[Tensor, "*reduced"]:
+    """Return the ratio that only a share of the coordinates exceeds: the k-th largest, k = floor(share * n) + 1.
+
+    Args:
+        ratio: |delta| / bound.
+        share: of the coordinates, at least 0 and below 1; 0 gives the largest.
+        by_row: one for each index of the first dimension, in a shape that broadcasts, instead of one for all.
+
+    >>> worst_but_for(torch.tensor([5.0, 1.0, 2.0, 3.0]), 0.25, False)
+    tensor(3.)
+    """
+    if ratio.numel() == 0:
+        return worst_by_row(ratio) if by_row else ratio.new_zeros(())
+    flat = ratio.flatten(1) if by_row and ratio.dim() > 1 else ratio.reshape(1, -1)
+    if by_row and ratio.dim() <= 1:
+        return ratio
+    count = flat.shape[1]
+    found = flat.kthvalue(count - math.floor(share * count), dim=1).values
+    return found.view(-1, *[1] * (ratio.dim() - 1)) if by_row else found.reshape(())
+
+
 def adagrad_delta(
     grad: Float[Tensor, "*shape"], accumulator: Float[Tensor, "*shape"], lr: Float[Tensor, ""], eps: float
 ) -> Float[Tensor, "*shape"]:
-    """Return eta * g / sqrt(G + eps), what Adagrad subtracts from the weight.
+    """Return `adagrad_deltas` of one tensor."""
+    return adagrad_deltas([grad], [accumulator], lr, eps)[0]
 
-    >>> adagrad_delta(torch.tensor([2.0, -4.0]), torch.tensor([3.0, 15.0]), torch.tensor(0.1), 1.0)
-    tensor([ 0.1000, -0.1000])
+
+def update_bound(
+    weight: Float[Tensor, "*shape"],
+    accumulator: Float[Tensor, "*shape"],
+    variable_relative: float,
+    accumulator_relative: float,
+    absolute: float,
+    eps: float,
+) -> Float[Tensor, "*shape"]:
+    """Return `update_bounds` of one tensor."""
+    return update_bounds([weight], variable_relative, absolute, accumulator_relative, [accumulator], eps)[0]
+
+
+def clip_factor(delta: Float[Tensor, "*shape"], bound: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Return the largest sigma in [0, 1] that keeps sigma * |delta| within `bound` everywhere.
+
+        sigma = min(1, min_i bound_i / |delta_i|)
+
+    A zero delta sets no limit, be its bound zero or not; a zero bound with a non-zero delta gives 0, and so does an
+    infinite delta. A NaN sets no limit: it is for `are_usable` to keep it out. 1 for an empty tensor.
+
+    >>> clip_factor(torch.tensor([0.4, 0.0]), torch.tensor([0.1, 0.0]))
+    tensor(0.2500)
     """
-    return torch.add(accumulator, eps).rsqrt_().mul_(grad).mul_(lr)
+    return factor_of(largest(bound_ratios([delta], [bound], positive=False))[0])
 
 
 def rowwise_delta(
@@ -74,48 +305,6 @@ def rowwise_delta(
     """
     scale = lr / torch.sqrt(accumulator).add_(eps)
     return grad * scale.view(-1, *[1] * (grad.dim() - 1))
-
-
-def update_bound(
-    weight: Float[Tensor, "*shape"],
-    accumulator: Float[Tensor, "*shape"],
-    variable_relative: float,
-    accumulator_relative: float,
-    absolute: float,
-    eps: float,
-) -> Float[Tensor, "*shape"]:
-    """Return how far each coordinate may move: lambda_rel * |w| + lambda_acc / sqrt(G + eps) + lambda_abs.
-
-    The middle term is the authors' extension; the paper has only the other two. All three thresholds are 0 or more.
-
-    >>> update_bound(torch.tensor([0.0, -2.0]), torch.ones(2), 0.5, 0.0, 0.01, 1e-7)
-    tensor([0.0100, 1.0100])
-    """
-    bound = torch.abs(weight).mul_(variable_relative)
-    if accumulator_relative > 0:
-        bound.add_(torch.add(accumulator, eps).rsqrt_(), alpha=accumulator_relative)
-    return bound.add_(absolute)
-
-
-def clip_factor(delta: Float[Tensor, "*shape"], bound: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Return the largest sigma in [0, 1] that keeps sigma * |delta| within `bound` everywhere.
-
-        sigma = min(1, min_i bound_i / |delta_i|)
-
-    A zero delta sets no limit, be its bound zero or not; a zero bound with a non-zero delta gives 0, and so does an
-    infinite delta. A NaN sets no limit: it is for `is_usable` to keep it out. 1 for an empty tensor.
-
-    Source: Tang et al., KDD 2023, arXiv 2302.09178, Algorithm 1.
-
-    >>> clip_factor(torch.tensor([0.4, 0.0]), torch.tensor([0.1, 0.0]))
-    tensor(0.2500)
-    """
-    if delta.numel() == 0:
-        return delta.new_ones(())
-    ratio = torch.abs(delta)
-    # In place, since a fresh tensor costs more than the division; 0 / 0 is the only NaN of finite numbers.
-    torch.div(bound, ratio, out=ratio).nan_to_num_(nan=1.0)
-    return ratio.amin().clamp_(max=1.0)
 
 
 def row_mean_square(grad: Float[Tensor, "rows *width"]) -> Float[Tensor, " rows"]:

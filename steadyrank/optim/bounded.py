@@ -1,0 +1,329 @@
+"""The bound that makes an optimizer a Clippy: found from weights and proposed steps, the same on every base."""
+
+import math
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import ConfigError, check_known
+from . import fused, kernels
+from .guarded import BAD_STEPS, GuardedOptimizer, Touched, check_not_negative, parameter_label, wide_dtype
+
+CLIP_FACTOR = "clip_factor"
+"""State key: sigma of the last step; 0-d, in [0, 1], on the device. 0 if refused, 1 if nothing was clipped; where a
+tensor has several factors, the smallest."""
+BIND_FRAC = "bind_frac"
+"""State key, with `telemetry`: the share of coordinates whose step was above their bound before it was scaled; 0-d."""
+BINDING = "binding"
+"""State key, with `telemetry`: flat index of the coordinate furthest above its bound; 0-d int64, -1 if none was."""
+PRESSURE = "pressure_log_mean"
+"""State key, with `calibration_steps`: mean of ln(worst ratio of step to bound) over the calibration so far; 0-d."""
+PRESSURE_STEPS = "pressure_steps"
+"""State key, with `calibration_steps`: steps that the calibration has taken in; 0-d."""
+
+Granularity = Literal["tensor", "row", "unit"]
+"""What shares one factor: a tensor (the paper), an index of the first dimension (rows of a table), or an output unit
+(an index of the first dimension of a matrix; vectors and scalars have one factor as a whole)."""
+
+CHUNK = 1 << 16
+"""Coordinates worked on at a time on a CPU: what several operations read and write should stay in its cache."""
+
+
+class BoundedOptimizer(GuardedOptimizer):
+    """An optimizer whose step is scaled down until no coordinate changes by more than its bound.
+
+        bound = s * (lambda_rel * |w| + lambda_abs [+ lambda_acc / sqrt(G + eps) on Adagrad])
+        ratio = |delta| / bound,         delta the whole step that the base would take, weight decay inside
+        sigma = min(1, 1 / max_i ratio_i)
+        w     <- w - sigma * delta
+
+    The maximum is taken over what shares a factor (`granularity`). With `quantile` q > 0 the ratio that only the share
+    q of the coordinates exceeds takes the place of the maximum, and those coordinates stop at their own bound. s is 1,
+    or after `calibration_steps` what the calibration found.
+
+    A subclass says what the base does: `_before` (states that change before the step), `_deltas` and `_after` (states
+    that change after it), each for a list of tensors.
+    """
+
+    own_option: ClassVar[str] = "absolute_threshold"
+
+    def _kind(self, group: dict[str, Any]) -> int:
+        """Return the base's number in fused.c."""
+        raise NotImplementedError
+
+    def _before(self, touched: list[Touched], grads: list[Tensor], usable: list[Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _deltas(
+        self, touched: list[Touched], grads: list[Tensor], group: dict[str, Any], lr: Float[Tensor, ""]
+    ) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _bounds(self, touched: list[Touched], weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        relative, absolute = group["variable_relative_threshold"], group["absolute_threshold"]
+        return kernels.update_bounds(weights, relative, absolute, 0.0, [], 0.0)
+
+    def _after(
+        self,
+        touched: list[Touched],
+        grads: list[Tensor],
+        factors: list[Tensor],
+        usable: list[Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        raise NotImplementedError
+
+    def _floor(self, group: dict[str, Any]) -> float:
+        """Return what the base's denominator never goes below, squared."""
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_known(group["granularity"], get_args(Granularity), "granularity")
+        check_not_negative("variable_relative_threshold", group["variable_relative_threshold"])
+        check_not_negative("absolute_threshold", group["absolute_threshold"], infinite=True)
+        check_not_negative("calibration_steps", float(group["calibration_steps"]))
+        if not 0 <= group["quantile"] < 1:
+            raise ConfigError(f"quantile: expected a share of coordinates in [0, 1), came {group['quantile']}")
+        if not 0 < group["calibration_headroom"] < math.inf:
+            raise ConfigError(f"calibration_headroom: expected above 0, came {group['calibration_headroom']}")
+        if group["foreach"] and group["fused"]:
+            raise ConfigError("foreach and fused: at most one of them can be True")
+
+    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        dtype = wide_dtype(param.dtype)
+        one = torch.ones((), dtype=dtype, device=param.device)
+        state = {**super()._fresh_state(param, group), CLIP_FACTOR: one}
+        if group["telemetry"]:
+            state |= {BIND_FRAC: torch.zeros_like(one), BINDING: torch.full_like(one, -1, dtype=torch.int64)}
+        if group["calibration_steps"]:
+            state |= {PRESSURE: torch.zeros_like(one), PRESSURE_STEPS: torch.zeros_like(one)}
+        return state
+
+    def _update_all(self, touched: list[Touched], group: dict[str, Any]) -> None:
+        rest = touched
+        if group["fused"] is not False and not torch.compiler.is_compiling():
+            rest = self._step_fused(touched, group)
+        devices = {each.weight.device for each in rest}
+        for device in devices:
+            here = [each for each in rest if each.weight.device == device]
+            many = group["foreach"] if group["foreach"] is not None else device.type == "cuda"
+            for bunch in [here] if many else [[each] for each in here]:
+                self._step_lists(bunch, group)
+
+    def _step_fused(self, touched: list[Touched], group: dict[str, Any]) -> list[Touched]:
+        """Step what the compiled kernels take, and return the rest."""
+        must = group["fused"] is True
+        if must and all(each.weight.device.type == "cuda" for each in touched):
+            fused.compiled(type(self)._step_lists)(self, touched, group)
+            return []
+        if not self._plain(group) or not fused.available(must):
+            if must and not self._plain(group):
+                raise ConfigError("fused: takes neither granularity, quantile, calibration nor decay; leave it None")
+            return touched
+        if not math.isfinite(float(group["lr"])):
+            return touched
+        taken: list[Touched] = []
+        rest: list[Touched] = []
+        for each in touched:
+            (taken if fused.takes(each, self.row_states) else rest).append(each)
+        if must and rest:
+            index = next(i for i, p in enumerate(group["params"]) if p is rest[0].param)
+            raise ConfigError(
+                f"{parameter_label(group, index)} cannot be stepped by the fused kernel: it takes contiguous float32 "
+                "tensors on the CPU, or a model that is all on a GPU; leave fused None, and what fits is taken"
+            )
+        if taken:
+            fused.step(taken, self.row_states, self._fused_options(group))
+            for each in taken:
+                self._name_binding(each)
+        return rest
+
+    def _plain(self, group: dict[str, Any]) -> bool:
+        """Say whether the options are those that the fused kernels know."""
+        return group["granularity"] == "tensor" and not group["quantile"] and not group["calibration_steps"]
+
+    def _fused_options(self, group: dict[str, Any]) -> fused.Options:
+        lr = float(group["lr"])
+        return fused.Options(
+            kind=self._kind(group),
+            sign=-1.0 if group["maximize"] else 1.0,
+            lr=lr,
+            relative=group["variable_relative_threshold"],
+            accumulator_relative=group.get("accumulator_relative_threshold", 0.0),
+            absolute=min(group["absolute_threshold"], 1e30),
+            eps=group["eps"],
+            decay=lr * group["weight_decay"],
+            beta1=group["betas"][0] if "betas" in group else 0.0,
+            beta2=group["betas"][1] if "betas" in group else 0.0,
+            limit=kernels.gradient_limit(torch.float32, lr, self._floor(group)),
+        )
+
+    def _step_lists(self, touched: list[Touched], group: dict[str, Any]) -> None:
+        """Step tensors of one device together."""
+        dtype = torch.promote_types(touched[0].weight.dtype, torch.float32)
+        device = touched[0].weight.device
+        lr = torch.as_tensor(group["lr"], dtype=dtype).to(device, non_blocking=True).reshape(())
+        limit = kernels.gradient_limit(dtype, lr, self._floor(group))
+        usable_P = kernels.are_usable([each.grad for each in touched], limit, lr)
+        lr = kernels.keep_where(torch.isfinite(lr), lr)
+        usable = list(usable_P.unbind())
+        if self._in_chunks(touched, group):
+            self._step_chunks(touched[0], usable, group, lr)
+            return
+        grads = self._grads(touched, usable, group)
+        self._before(touched, grads, usable, group)
+        deltas, bounds = self._propose(touched, grads, usable, group, lr)
+        ratios = kernels.bound_ratios(deltas, bounds, self._positive(group))
+        factors = self._factors(touched, ratios, usable, group)
+        self._apply(touched, deltas, bounds, factors, group)
+        self._after(touched, grads, factors, usable, group)
+
+    def _in_chunks(self, touched: list[Touched], group: dict[str, Any]) -> bool:
+        first = touched[0]
+        large = len(touched) == 1 and first.weight.device.type == "cpu" and first.weight.numel() > 2 * CHUNK
+        return large and self._plain(group) and not group["telemetry"] and not hasattr(first.weight, "to_local")
+
+    def _step_chunks(self, each: Touched, usable: list[Tensor], group: dict[str, Any], lr: Float[Tensor, ""]) -> None:
+        """Step one large tensor on a CPU, twice through memory but with everything between in the cache."""
+        rows = max(1, CHUNK * len(each.weight) // each.weight.numel())
+        split = {key: each.state[key].split(rows) for key in self.row_states if key in each.state}
+        parts = zip(each.weight.split(rows), each.grad.split(rows), strict=True)
+        chunks = [
+            [Touched(each.param, w, g, {**each.state, **{key: split[key][i] for key in split}}, each.rows)]
+            for i, (w, g) in enumerate(parts)
+        ]
+        worst = []
+        for chunk in chunks:
+            grads = self._grads(chunk, usable, group)
+            self._before(chunk, grads, usable, group)
+            deltas, bounds = self._propose(chunk, grads, usable, group, lr)
+            worst.append(kernels.bound_ratios(deltas, bounds, self._positive(group))[0].amax())
+        factors = self._factors([each], [torch.stack(worst)], usable, group)
+        for chunk in chunks:
+            grads = self._grads(chunk, usable, group)
+            self._apply(chunk, self._whole_deltas(chunk, grads, usable, group, lr), [], factors, group)
+            self._after(chunk, grads, factors, usable, group)
+
+    def _grads(self, touched: list[Touched], usable: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Return the gradients to descend, in the accumulators' dtype; zeros where they are not usable."""
+        grads = [each.grad.to(wide_dtype(each.weight.dtype)) for each in touched]
+        if group["maximize"]:
+            grads = list(torch._foreach_neg(grads))
+        return [kernels.keep_where(ok, grad) for ok, grad in zip(usable, grads, strict=True)]
+
+    def _propose(
+        self,
+        touched: list[Touched],
+        grads: list[Tensor],
+        usable: list[Tensor],
+        group: dict[str, Any],
+        lr: Float[Tensor, ""],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the whole steps that would be taken unbounded, and their bounds."""
+        bounds = self._bounds(touched, _weights(touched), group)
+        if group["calibration_steps"]:
+            torch._foreach_mul_(bounds, [self._scale(each, group) for each in touched])
+        return self._whole_deltas(touched, grads, usable, group, lr), bounds
+
+    def _whole_deltas(
+        self,
+        touched: list[Touched],
+        grads: list[Tensor],
+        usable: list[Tensor],
+        group: dict[str, Any],
+        lr: Float[Tensor, ""],
+    ) -> list[Tensor]:
+        """Return the base's steps with weight decay."""
+        deltas = self._deltas(touched, grads, group, lr)
+        if group["weight_decay"]:
+            torch._foreach_add_(deltas, torch._foreach_mul(_weights(touched), lr * group["weight_decay"]))
+            deltas = [kernels.keep_where(ok, delta) for ok, delta in zip(usable, deltas, strict=True)]
+        return deltas
+
+    def _positive(self, group: dict[str, Any]) -> bool:
+        return bool(group["absolute_threshold"] > 0 and not math.isinf(group["absolute_threshold"]))
+
+    def _factors(
+        self, touched: list[Touched], ratios: list[Tensor], usable: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """Return each tensor's factors, in shapes that broadcast over it, and note them in the states."""
+        if self._plain(group):
+            worst = list(kernels.largest(ratios).unbind())
+        else:
+            worst = [self._worst(ratio, group) for ratio in ratios]
+        for each, ratio, most, ok in zip(touched, ratios, kernels.largest(worst).unbind(), usable, strict=True):
+            each.state[CLIP_FACTOR].copy_(kernels.keep_where(ok, kernels.factor_of(most)))
+            each.state[BAD_STEPS].add_(~ok)
+            if group["calibration_steps"]:
+                self._calibrate(each, most, ok, group)
+            if group["telemetry"]:
+                self._note_binding(each, ratio)
+                self._name_binding(each)
+        return [kernels.factor_of(w) for w in worst]
+
+    def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
+        by_row = group["granularity"] == "row" or (group["granularity"] == "unit" and ratio.dim() > 1)
+        if group["quantile"]:
+            gathered = ratio if by_row else kernels.whole(ratio)  # the k-th largest of shards is not that of the whole
+            return kernels.worst_but_for(gathered, group["quantile"], by_row)
+        return kernels.worst_by_row(ratio) if by_row else kernels.largest([ratio])[0]
+
+    def _calibrate(
+        self, each: Touched, worst: Float[Tensor, ""], usable: Bool[Tensor, ""], group: dict[str, Any]
+    ) -> None:
+        """Take in one step of the calibration, unless it is over."""
+        mean, count = each.state[PRESSURE], each.state[PRESSURE_STEPS]
+        takes = usable & (count < group["calibration_steps"]) & (worst > 0) & torch.isfinite(worst)
+        count.add_(takes)
+        step = (torch.where(takes, worst, 1.0).log() - mean) / count.clamp(min=1)
+        mean.add_(torch.where(takes, step, 0.0))
+
+    def _scale(self, each: Touched, group: dict[str, Any]) -> Float[Tensor, ""]:
+        """Return s, by which a tensor's bound is scaled: 1 until the calibration is over.
+
+            s = headroom * exp(mean over the calibration of ln(worst ratio))
+
+        The geometric mean, so that one spike among a hundred steps moves it by a few per cent and not to its own size.
+        """
+        over = each.state[PRESSURE_STEPS] >= group["calibration_steps"]
+        return torch.where(over, group["calibration_headroom"] * each.state[PRESSURE].exp(), 1.0)
+
+    def _note_binding(self, each: Touched, ratio: Tensor) -> None:
+        """Note which coordinates are above their bound."""
+        if ratio.numel() == 0:
+            return
+        ratio = kernels.whole(ratio)
+        exceeding = (ratio > 1).to(each.state[BIND_FRAC].dtype).mean()
+        each.state[BIND_FRAC].copy_(exceeding)
+        each.state[BINDING].copy_(torch.where(exceeding > 0, ratio.argmax(), -1))
+
+    def _name_binding(self, each: Touched) -> None:
+        """Turn an index into gathered rows into one into the table."""
+        binding = each.state.get(BINDING)
+        if binding is None or each.rows is None or each.rows.numel() == 0:
+            return
+        width = max(1, each.weight[0].numel())
+        place = binding.clamp(min=0)
+        row = each.rows.index_select(0, (place // width).reshape(1)).reshape(())
+        binding.copy_(torch.where(binding < 0, binding, row * width + place % width))
+
+    def _apply(
+        self,
+        touched: list[Touched],
+        deltas: list[Tensor],
+        bounds: list[Tensor],
+        factors: list[Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        torch._foreach_mul_(deltas, factors)
+        if group["quantile"]:  # the coordinates that the factor leaves above their bound
+            torch._foreach_minimum_(deltas, bounds)
+            torch._foreach_maximum_(deltas, torch._foreach_neg(bounds))
+        torch._foreach_sub_([each.weight for each in touched], deltas)
+
+
+def _weights(touched: list[Touched]) -> list[Tensor]:
+    return [each.weight.to(wide_dtype(each.weight.dtype)) for each in touched]
