@@ -41,6 +41,7 @@ def step_clippy_twin(
     accumulator_relative_threshold: float,
     eps: float,
     form: str,
+    weight_decay: float = 0.0,
 ) -> ClippyTwin:
     """Make one step of `ClippyAdagrad` in float64, coordinate by coordinate (Algorithm 1, and the authors' code).
 
@@ -52,15 +53,68 @@ def step_clippy_twin(
     if form == "standard":
         accumulator = accumulator + grad**2
     scale = (accumulator + eps) ** -0.5
-    delta = lr * grad * scale
-    factor = 1.0
-    for w, s, d in zip(weight.flat, scale.flat, delta.flat, strict=True):
-        bound = variable_relative_threshold * abs(w) + accumulator_relative_threshold * s + absolute_threshold
-        if d != 0:
-            factor = min(factor, bound / abs(d))
+    delta = lr * (grad * scale + weight_decay * weight)
+    bound = variable_relative_threshold * abs(weight) + accumulator_relative_threshold * scale + absolute_threshold
+    factor = find_factor_twin(delta, bound)
     if form != "standard":
         accumulator = accumulator + (grad * (factor if form == "delayed_clipped" else 1.0)) ** 2
     return ClippyTwin(weight - factor * delta, accumulator, factor)
+
+
+def find_factor_twin(delta: FloatArray, bound: FloatArray) -> float:
+    """Return min(1, min_i bound_i / |delta_i|), coordinate by coordinate; a zero step sets no limit.
+
+    >>> find_factor_twin(np.array([4.0, 0.0]), np.array([1.0, 0.0]))
+    0.25
+    """
+    factor = 1.0
+    for step, most in zip(delta.flat, bound.flat, strict=True):
+        if step != 0:
+            factor = min(factor, float(most / abs(step)))
+    return factor
+
+
+class ClippyAdamTwin(NamedTuple):
+    """What one step of Clippy on Adam leaves: weights, both moments, and the factor it used."""
+
+    weight: FloatArray
+    mean: FloatArray
+    square: FloatArray
+    factor: float
+
+
+def step_clippy_adam_twin(
+    weight: FloatArray,
+    mean: FloatArray,
+    square: FloatArray,
+    grad: FloatArray,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    variable_relative_threshold: float,
+    absolute_threshold: float,
+    weight_decay: float = 0.0,
+    clip_moments: bool = False,
+) -> ClippyAdamTwin:
+    """Make the `step`-th step (from 1) of `ClippyAdam` in float64.
+
+    >>> zero, limits = np.zeros(1), dict(variable_relative_threshold=0.1, absolute_threshold=0.001)
+    >>> twin = step_clippy_adam_twin(zero, zero, zero, np.ones(1), 1, lr=0.01, betas=(0.9, 0.999), eps=0.0, **limits)
+    >>> round(twin.factor, 6), twin.weight.round(6).tolist()
+    (0.1, [-0.001])
+    """
+
+    def moments(g: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return betas[0] * mean + (1 - betas[0]) * g, betas[1] * square + (1 - betas[1]) * g**2
+
+    m, v = moments(grad)
+    delta = lr * m / (1 - betas[0] ** step) / (np.sqrt(v / (1 - betas[1] ** step)) + eps) + lr * weight_decay * weight
+    factor = find_factor_twin(delta, variable_relative_threshold * abs(weight) + absolute_threshold)
+    if clip_moments:
+        m, v = moments(factor * grad)
+    return ClippyAdamTwin(weight - factor * delta, m, v, factor)
 
 
 def step_rowwise_twin(
@@ -143,14 +197,19 @@ def forbid_host_sync() -> AbstractContextManager[Any]:
     return _HostSyncGuard()
 
 
-def check_optimizer(make: MakeOptimizer, *, guarded: bool = True, sparse: bool = False) -> None:
+def check_optimizer(make: MakeOptimizer, *, guarded: bool = True, sparse: bool = False, compiled: bool = False) -> None:
     """Check that an optimizer holds what users of PyTorch rely on, and with `guarded`, what this package promises.
+
+    It trains in float32, float64 and bfloat16, respects groups, is deterministic, resumes bit for bit from its
+    `state_dict`, can be copied and pickled, takes closures, hooks, schedulers and a `GradScaler`.
 
     Args:
         make: builds the optimizer. It is called with a module's named parameters, and with two groups that set `lr`.
         guarded: also check that a gradient which is not finite leaves weights and state as they were, that it is
-            counted, and that a dense step never makes the host wait. torch's own optimizers do neither.
+            counted (under a key that ends with "bad_steps"), and that a dense step never makes the host wait. torch's
+            own optimizers do neither.
         sparse: repeat everything with a sparse gradient for the table.
+        compiled: also check that `torch.compile(optimizer.step)` does what `step` does; takes some seconds.
 
     Raises:
         AssertionError: a promise is broken; the message says which.
@@ -164,6 +223,8 @@ def check_optimizer(make: MakeOptimizer, *, guarded: bool = True, sparse: bool =
         for with_sparse in (False, True) if sparse else (False,):
             _check_refuses(make, with_sparse)
         _check_no_host_sync(make)
+    if compiled:
+        _check_compiles(make)
 
 
 def _train(problem: TinyProblem, optimizer: Optimizer, steps: Iterable[int]) -> None:
@@ -278,24 +339,72 @@ def _check_closure_and_hooks(make: MakeOptimizer, sparse: bool) -> None:
     assert called == ["before", "closure", "after"], f"closure and hooks: called in the order {called}"
 
 
+def _check_scheduler(make: MakeOptimizer, sparse: bool) -> None:
+    problems = TinyProblem(sparse=sparse), TinyProblem(sparse=sparse)
+    optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], step_size=1, gamma=0.5)
+    for step in range(3):
+        for problem, optimizer in zip(problems, optimizers, strict=True):
+            _train(problem, optimizer, [step])
+        scheduler.step()
+        for group in optimizers[1].param_groups:
+            group["lr"] = group["lr"] * 0.5
+    assert _same(problems[0].state_dict(), problems[1].state_dict()), "scheduler: its rates did not reach the step"
+
+
+def _check_scaler(make: MakeOptimizer, sparse: bool) -> None:
+    problems = TinyProblem(sparse=sparse), TinyProblem(sparse=sparse)
+    optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # a power of two, so that nothing is rounded
+    for step in range(4):
+        _train(problems[0], optimizers[0], [step])
+        problems[1].zero_grad()
+        scaler.scale(problems[1].loss(step)).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+    _expect_same("GradScaler", problems, optimizers)
+
+
+def _check_compiles(make: MakeOptimizer) -> None:
+    problems = TinyProblem(), TinyProblem()
+    optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
+    torch.compiler.reset()
+    step = torch.compile(optimizers[1].step, backend="aot_eager")
+    for number in range(3):
+        _train(problems[0], optimizers[0], [number])
+        problems[1].backward(number)
+        step()
+    torch.compiler.reset()
+    for (name, plain), traced in zip(problems[0].named_parameters(), problems[1].parameters(), strict=True):
+        moved = (plain - getattr(TinyProblem(), name)).abs().amax() if plain.numel() else 0.0
+        near = torch.allclose(plain, traced, rtol=0, atol=float(1e-5 * moved + 2**-22))
+        assert near, f"torch.compile: {name} differs from what step() makes of it"
+
+
+def _state_of(optimizer: Optimizer, index: int) -> dict[str, Any]:
+    return copy.deepcopy(dict(optimizer.state_dict()["state"].get(index, {})))
+
+
 def _check_refuses(make: MakeOptimizer, sparse: bool) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         problem = TinyProblem(sparse=sparse)
         optimizer = make(problem.named_parameters())
         _train(problem, optimizer, range(2))
-        weight, state = problem.table.detach().clone(), copy.deepcopy(optimizer.state[problem.table])
+        weight, state = problem.table.detach().clone(), _state_of(optimizer, 0)
         bias = problem.bias.detach().clone()
         problem.backward(2)
         assert problem.table.grad is not None
         values = problem.table.grad._values() if sparse else problem.table.grad
         values[0, 1] = bad
         optimizer.step()
-        after = optimizer.state[problem.table]
+        after = _state_of(optimizer, 0)
         what = f"a gradient with {bad}, {'sparse' if sparse else 'dense'}"
+        counts = [key for key in state if key.endswith("bad_steps")]
         assert torch.equal(problem.table, weight), f"{what}: it changed the weights"
-        assert int(after["bad_steps"]) == int(state["bad_steps"]) + 1, f"{what}: it was not counted"
-        for key in after.keys() - {"step", "bad_steps", "clip_factor"}:
-            assert torch.equal(after[key], state[key]), f"{what}: it changed the state '{key}'"
+        assert counts, f"{what}: nothing counts it; expected a state whose key ends with 'bad_steps'"
+        assert any(int(after[key]) == int(state[key]) + 1 for key in counts), f"{what}: it was not counted"
+        for key in after.keys() - {"step", "clip_factor", "grad_factor", *counts}:
+            assert _same(after[key], state[key]), f"{what}: it changed the state '{key}'"
         assert not torch.equal(problem.bias, bias), f"{what}: it stopped another parameter"
 
 
@@ -315,4 +424,6 @@ _PROMISES: tuple[Callable[[MakeOptimizer, bool], None], ...] = (
     _check_resumes,
     _check_copies,
     _check_closure_and_hooks,
+    _check_scheduler,
+    _check_scaler,
 )

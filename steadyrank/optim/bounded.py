@@ -48,6 +48,8 @@ class BoundedOptimizer(GuardedOptimizer):
     """
 
     own_option: ClassVar[str] = "absolute_threshold"
+    rests_on_zero: ClassVar[bool] = True
+    """Whether the base's step is zero where the gradient is."""
 
     def _kind(self, group: dict[str, Any]) -> int:
         """Return the base's number in fused.c."""
@@ -236,10 +238,11 @@ class BoundedOptimizer(GuardedOptimizer):
         group: dict[str, Any],
         lr: Float[Tensor, ""],
     ) -> list[Tensor]:
-        """Return the base's steps with weight decay."""
+        """Return the base's steps with weight decay; zeros where the gradient is not usable."""
         deltas = self._deltas(touched, grads, group, lr)
         if group["weight_decay"]:
             torch._foreach_add_(deltas, torch._foreach_mul(_weights(touched), lr * group["weight_decay"]))
+        if group["weight_decay"] or not self.rests_on_zero:
             deltas = [kernels.keep_where(ok, delta) for ok, delta in zip(usable, deltas, strict=True)]
         return deltas
 

@@ -298,6 +298,7 @@ class ClippyAdam(BoundedOptimizer):
     """
 
     row_states: ClassVar[tuple[str, ...]] = (EXP_AVG, EXP_AVG_SQ)
+    rests_on_zero: ClassVar[bool] = False
     shared_options: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "maximize")
 
     def __init__(
@@ -350,7 +351,7 @@ class ClippyAdam(BoundedOptimizer):
     ) -> list[Tensor]:
         means, squares = self._moments(touched, grads, group) if group["clip_moments"] else _moments_of(touched)
         # At least 1, for a refused first step: its delta is zero, and must not be 0 / 0.
-        steps = [_accepted(each.state).to(each.weight.device).clamp(min=1) for each in touched]
+        steps = [_accepted(each.state).to(lr.device, lr.dtype).clamp(min=1) for each in touched]
         return kernels.adam_deltas(means, squares, steps, lr, group["betas"], group["eps"])
 
     def _after(

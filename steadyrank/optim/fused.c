@@ -87,11 +87,11 @@ INLINE float limit_of(const Options *o, float w, float den) {
     return (o->relative * fabsf(w) + o->absolute) * den + o->accumulator_relative;
 }
 
-/* A zero step gives 0, a zero bound with a step LARGEST. */
+/* A zero step gives 0; a step whose bound is zero, or too small to divide by, LARGEST. */
 INLINE float ratio_of(float size, float limit) {
     float ratio = size / (limit > TINY ? limit : TINY);
     ratio = ratio < LARGEST ? ratio : LARGEST;
-    return limit <= 0.0f && size > 0.0f ? LARGEST : ratio;
+    return limit < TINY && size > 0.0f ? LARGEST : ratio;
 }
 
 INLINE float sigma_of(float worst) {

@@ -76,7 +76,7 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
     >>> largest([torch.tensor([1.0, -3.0]), torch.zeros(0)])
     tensor([3., 0.])
     """
-    plain = [_local(x) for x in xs]
+    plain = [local(x) for x in xs]
     filled = [x for x in plain if x.numel()]
     sizes = iter(torch._foreach_norm(filled, ord=math.inf) if filled else ())
     found = torch.stack([next(sizes) if x.numel() else x.new_zeros(()) for x in plain])
@@ -94,7 +94,8 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
     return found
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
+    """Return the part of a DTensor that lies here; of a plain tensor, itself."""
     return cast(Tensor, x.to_local()) if hasattr(x, "to_local") else x
 
 
@@ -153,6 +154,17 @@ def adagrad_deltas(grads: Tensors, totals: Tensors, lr: Float[Tensor, ""], eps: 
     return list(deltas)
 
 
+def debias(beta: float, step: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return 1 - beta^t, by which a running mean that began at zero is too small after t steps.
+
+    By expm1: the plain difference would lose half the digits of float32 at the first steps of a beta near 1.
+
+    >>> debias(0.999, torch.tensor(1.0))
+    tensor(0.0010)
+    """
+    return -torch.expm1(step * math.log(beta)) if beta > 0 else torch.ones_like(step)
+
+
 def adam_deltas(
     means: Tensors, squares: Tensors, steps: Tensors, lr: Float[Tensor, ""], betas: tuple[float, float], eps: float
 ) -> list[Tensor]:
@@ -172,9 +184,9 @@ def adam_deltas(
     >>> adam_deltas([torch.tensor([0.2])], [torch.tensor([0.004])], [one], one, (0.9, 0.999), 0.0)
     [tensor([1.0000])]
     """
-    roots = [torch.sqrt(v / (1 - betas[1] ** t)) for v, t in zip(squares, steps, strict=True)]
+    roots = [torch.sqrt(v / debias(betas[1], t)) for v, t in zip(squares, steps, strict=True)]
     torch._foreach_add_(roots, max(eps, torch.finfo(roots[0].dtype).tiny))
-    rates = [lr / (1 - betas[0] ** t) for t in steps]
+    rates = [lr / debias(betas[0], t) for t in steps]
     return [m * rate / root for m, rate, root in zip(means, rates, roots, strict=True)]
 
 
