@@ -1,5 +1,10 @@
 """Clippy, what it is compared with, and how optimizers are built by name."""
 
+from . import advice as advice
+from .accumulators import Frozen as Frozen
+from .accumulators import find_frozen as find_frozen
+from .accumulators import repair_frozen as repair_frozen
+from .accumulators import warm_start as warm_start
 from .baselines import RowWiseAdagrad as RowWiseAdagrad
 from .bounded import CLIP_FACTOR as CLIP_FACTOR
 from .bounded import BoundedOptimizer as BoundedOptimizer
@@ -20,3 +25,5 @@ from .guarded import BAD_STEPS as BAD_STEPS
 from .guarded import STEP as STEP
 from .guarded import SUM as SUM
 from .guarded import GuardedOptimizer as GuardedOptimizer
+from .telemetry import Binding as Binding
+from .telemetry import read_binding as read_binding

@@ -27,7 +27,7 @@ class Frozen(NamedTuple):
     of: int
 
 
-def warm_start(optimizer: Optimizer, how: WarmStart, factor: float = 0.5) -> None:
+def warm_start(optimizer: Optimizer, how: str, factor: float = 0.5) -> None:
     """Prepare the accumulators of an optimizer whose state was loaded to go on learning, in place.
 
         keep    nothing changes

@@ -64,8 +64,8 @@ class RowWiseAdagrad(GuardedOptimizer):
 
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         start = group["initial_accumulator_value"]
-        rows = torch.full((len(param),), start, dtype=wide_dtype(param.dtype), device=param.device)
-        return {**super()._fresh_state(param, group), SUM: rows}
+        rows = kernels.row_mean_square(param.detach().to(wide_dtype(param.dtype)))  # in the right place, if in shards
+        return {**super()._fresh_state(param, group), SUM: torch.full_like(rows, start)}
 
     def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         total, eps = state[SUM], group["eps"]

@@ -235,13 +235,14 @@ def _fade(each: Touched, usable: Tensor, since: Tensor, group: dict[str, Any], u
     G <- max(min(G, G_0), G * 2^(-(until - since) / half_life))              or with decay_every
     G <- max(min(G, G_0), G * factor^(until // every - since // every))
     """
-    until = _accepted(each.state) if until is None else until
+    total = each.state[SUM]
+    until = (_accepted(each.state) if until is None else until).to(total.device, total.dtype)
+    since = since.to(total.device, total.dtype)
     if group["decay_every"]:
         every = group["decay_every"]
         keep = group["decay_factor"] ** (torch.floor(until / every) - torch.floor(since / every))
     else:
         keep = 0.5 ** ((until - since) / group["half_life"])
-    total = each.state[SUM]
     keep = keep.view(-1, *[1] * (total.dim() - 1)) if keep.dim() else keep
     floor = total.clamp(max=group["initial_accumulator_value"])
     total.copy_(torch.where(usable, torch.maximum(floor, total * keep), total))

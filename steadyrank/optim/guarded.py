@@ -245,14 +245,10 @@ class GuardedOptimizer(Optimizer):
 
 def _check_in_one_group(group: dict[str, Any], before: set[int], error: ValueError) -> None:
     """Raise ConfigError, naming the parameter, if torch refused a group because of one that is in another."""
-    params = group["params"]
-    given = [params] if isinstance(params, Tensor) else list(params)
-    for index, param in enumerate(given):
-        name, tensor = param if isinstance(param, tuple) else (None, param)
-        if id(tensor) in before:
-            label = (
-                f"parameter '{name}'" if name else f"parameter {index} of the group, of shape {tuple(tensor.shape)},"
-            )
+    params = group["params"]  # torch has made a list of tensors of it, and put their names beside them
+    for index, param in enumerate(params if isinstance(params, list) else []):
+        if id(param) in before:
+            label = parameter_label(group, index)
             raise ConfigError(f"{label} is in another group already; give each parameter to one group only") from error
 
 

@@ -1,0 +1,58 @@
+"""Two processes with sharded or replicated parameters take the step of one process with whole ones."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo here"
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("two") / "found.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.two_processes"]
+    both = [
+        subprocess.Popen([*command, str(rank), port, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)[-4000:]
+    read: dict[str, Any] = json.loads(path.read_text())
+    return read
+
+
+def test_shards_take_the_step_of_the_whole(found: dict[str, Any]) -> None:
+    cases = {name: case for name, case in found.items() if name.startswith("shards")}
+    assert len(cases) > 15
+    for name, case in cases.items():
+        assert case["gap"] <= 1e-6, f"{name}: {case['gap']}"
+        # A NaN in one process's shard is refused by both.
+        assert case["bad"] == [1, 1, 1], name
+        one, many = case["factors"]
+        assert many == pytest.approx(one, rel=1e-6), name
+    assert min(cases["shards_0/adagrad"]["factors"][0]) < 0.9
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_module_trained_by_two_processes_is_that_of_one(how: str, found: dict[str, Any]) -> None:
+    cases = {name: case for name, case in found.items() if name.startswith(how)}
+    assert cases
+    for name, case in cases.items():
+        assert case["gap"] <= 1e-6, f"{name}: {case['gap']}"

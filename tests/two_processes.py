@@ -1,0 +1,111 @@
+"""What test_optim_distributed.py runs in each of two processes: python -m tests.two_processes RANK PORT FILE.
+
+Every check trains a model with sharded or replicated parameters beside the same model in one process, and writes the
+largest difference as JSON.
+"""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from steadyrank.optim import ClippyAdagrad, ClippyAdam, ClippyAdamW, RowWiseAdagrad
+
+CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adagrad": lambda params: ClippyAdagrad(params, lr=0.5),
+    "adagrad_delayed_clipped": lambda params: ClippyAdagrad(params, lr=0.5, accumulator="delayed_clipped"),
+    "adagrad_row": lambda params: ClippyAdagrad(params, lr=0.5, granularity="row"),
+    "adagrad_unit_decay": lambda params: ClippyAdagrad(params, lr=0.5, granularity="unit", weight_decay=0.1),
+    "adagrad_quantile": lambda params: ClippyAdagrad(params, lr=0.5, quantile=0.2),
+    "adagrad_foreach": lambda params: ClippyAdagrad(params, lr=0.5, foreach=True, telemetry=True),
+    "adagrad_half_life": lambda params: ClippyAdagrad(params, lr=0.5, half_life=3.0),
+    "adam": lambda params: ClippyAdam(params, lr=0.05),
+    "adam_clip_moments": lambda params: ClippyAdam(params, lr=0.05, clip_moments=True, calibration_steps=2),
+    "adamw": lambda params: ClippyAdamW(params, lr=0.05, weight_decay=0.1),
+    "rowwise": lambda params: RowWiseAdagrad(params, lr=0.5),
+}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def difference(one: list[nn.Parameter], many: list[nn.Parameter]) -> float:
+    """Return the largest difference of two models in any weight; the weights are of the order of 1."""
+    return max((p - whole(q)).abs().amax().item() for p, q in zip(one, many, strict=True))
+
+
+def shards(make: Callable[[Any], torch.optim.Optimizer], mesh: DeviceMesh, dim: int) -> dict[str, Any]:
+    """DTensor parameters of uneven, single and scalar-like shapes; a spike, and a NaN in one shard only."""
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(1, 4), torch.randn(7)]
+    one = [nn.Parameter(w.clone()) for w in start]
+    many = [nn.Parameter(distribute_tensor(w.clone(), mesh, [Shard(min(dim, w.dim() - 1))])) for w in start]
+    made = make(one), make(many)
+    for step in range(7):
+        for p, q in zip(one, many, strict=True):
+            grad = torch.randn_like(p) * (10 if step == 3 else 1)
+            if step == 4:
+                grad.view(-1)[-1] = torch.nan
+            p.grad, q.grad = grad, distribute_tensor(grad.clone(), mesh, q.placements)
+        for optimizer in made:
+            optimizer.step()
+    bad = [int(whole(made[1].state[q]["bad_steps"])) for q in many]
+    factors = [[float(whole(o.state[p].get("clip_factor", torch.ones(())))) for p in ps]
+               for o, ps in zip(made, (one, many), strict=True)]  # fmt: skip
+    saved = copy.deepcopy(made[1].state_dict())
+    made[1].load_state_dict(saved)
+    return {"gap": difference(one, many), "bad": bad, "factors": factors}
+
+
+def modules(make: Callable[[Any], torch.optim.Optimizer], wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """A module under DDP or FSDP2, each process with its half of the batch, beside one that sees all of it."""
+    torch.manual_seed(1)
+    alone = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 1))
+    together = wrap(copy.deepcopy(alone))
+    made = make(alone.parameters()), make(together.parameters())
+    rank, half = dist.get_rank(), 8
+    for step in range(6):
+        x = torch.randn(2 * half, 6, generator=torch.Generator().manual_seed(step)) * (5 if step == 3 else 1)
+        for model, rows, optimizer in (
+            (alone, x, made[0]),
+            (together, x[rank * half : (rank + 1) * half], made[1]),
+        ):
+            optimizer.zero_grad()
+            (model(rows) - rows.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    return {"gap": difference(list(alone.parameters()), list(together.parameters()))}
+
+
+def main(rank: int, port: str, path: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found: dict[str, Any] = {}
+    for name, make in CASES.items():
+        for dim in (0, 1):
+            if (name, dim) != ("rowwise", 1):  # its accumulator has no columns to shard
+                found[f"shards_{dim}/{name}"] = shards(make, mesh, dim)
+    for name in ("adagrad", "adam", "adagrad_row"):
+        found[f"ddp/{name}"] = modules(CASES[name], DistributedDataParallel)
+        found[f"fsdp2/{name}"] = modules(CASES[name], lambda module: fully_shard(module, mesh=mesh))
+    if rank == 0:
+        with open(path, "w") as file:
+            json.dump(found, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
