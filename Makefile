@@ -46,6 +46,7 @@ docs: $(BIN)/.dev  ## Run every example in the docs and docstrings
 
 bench: $(BIN)/.package  ## Run the benchmarks, short form
 	$(BIN)/python benchmarks/foundation.py
+	$(BIN)/python benchmarks/optimizer_step.py --rounds 10 --sizes 0.2M 14M --tables 1M
 
 check: lint types test  ## What CI runs
 

@@ -16,7 +16,15 @@ from .models.ranker import ModelConfig as ModelConfig
 from .models.ranker import Ranker as Ranker
 from .models.ranker import paper_model as paper_model
 from .optim.baselines import RowWiseAdagrad as RowWiseAdagrad
+from .optim.clippy import PRESETS as PRESETS
 from .optim.clippy import ClippyAdagrad as ClippyAdagrad
+from .optim.clippy import ClippyAdam as ClippyAdam
+from .optim.clippy import ClippyAdamW as ClippyAdamW
+from .optim.rivals import Lamb as Lamb
+from .optim.rivals import LambAdagrad as LambAdagrad
+from .optim.rivals import StableAdamW as StableAdamW
+from .optim.wrap import ClipGradients as ClipGradients
+from .optim.wrap import ClipUpdates as ClipUpdates
 from .runs import RunFolder as RunFolder
 from .schema import Batch as Batch
 from .schema import IdFeature as IdFeature

@@ -16,7 +16,14 @@ from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
 from .errors import CheckpointError, ConfigError, near_path, nearest
 from .models.ranker import ModelConfig, Ranker
-from .optim.build import ClippyAdagradConfig, OptimizerConfig, RowWiseAdagradConfig, build_optimizer, split_parameters
+from .optim import (
+    ClippyAdagradConfig,
+    OptimizerConfig,
+    RowWiseAdagradConfig,
+    advice,
+    build_optimizer,
+    split_parameters,
+)
 from .runs import RunFolder
 from .schema import Schema
 from .sequential import Parts, TrainConfig, find_device
@@ -117,6 +124,7 @@ class RunConfig(Settings):
         facts = {
             "parameters": {"dense": summary.dense, "embedding": summary.embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
+            "bound": {part: line for part, each in optimizers.items() for line in advice.lines(each, model)},
         }
         return Parts(self.name, self.schema_, reader, model, optimizers, self.train, device, facts)
 
@@ -193,8 +201,9 @@ def trained(run: str | Path) -> tuple[RunConfig, Ranker]:
 
 
 def _one_line(config: OptimizerConfig) -> str:
-    """Show an optimizer in a few words: its name and rate."""
-    return f"{config.name} (lr {config.lr:g})"
+    """Show an optimizer in a few words: its name, rate and clip."""
+    clip = f", {config.clip.name}" if config.clip is not None else ""
+    return f"{config.name} (lr {config.lr:g}{clip})"
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -28,12 +28,15 @@ def say(text: str) -> None:
 
 
 def start_line(parts: Parts) -> str:
-    """Say what is about to be trained."""
+    """Say what is about to be trained, and whether the optimizers' bounds do anything."""
     sizes, optimizers = parts.facts["parameters"], parts.facts["optimizer"]
-    return (
-        f"{parts.name}: {parts.reader.rows:,} rows, {len(parts.schema.features)} features, "
-        f"{len(parts.schema.tasks)} tasks; {sizes['dense']:,} dense parameters by {optimizers['dense']}"
-        + (f", {sizes['embedding']:,} in tables by {optimizers['tables']}" if "tables" in optimizers else "")
+    return "\n".join(
+        [
+            f"{parts.name}: {parts.reader.rows:,} rows, {len(parts.schema.features)} features, "
+            f"{len(parts.schema.tasks)} tasks; {sizes['dense']:,} dense parameters by {optimizers['dense']}"
+            + (f", {sizes['embedding']:,} in tables by {optimizers['tables']}" if "tables" in optimizers else ""),
+            *(f"bound of optimizer.{part}: {line}" for part, line in parts.facts.get("bound", {}).items()),
+        ]
     )
 
 

@@ -104,6 +104,9 @@ def run(parts: Parts, folder: RunFolder, *, watch: Watch | None = None, resume: 
     session = _Session(parts, folder, watch)
     if resume:
         session.resume()
+    else:
+        for part, line in parts.facts.get("bound", {}).items():
+            folder.event(0, "bound", f"optimizer.{part}: {line}")
     status, message = "finished", ""
     failure: SteadyRankError | None = None
     with _stop_on_interrupt() as stop:

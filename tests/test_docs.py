@@ -1,6 +1,7 @@
 """Documents are programs: examples run, pages match the code, every public name is described."""
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -57,8 +58,33 @@ def test_the_snippet_of_the_readme_runs() -> None:
     assert isinstance(names["optimizer"], steadyrank.ClippyAdagrad)
 
 
+def test_the_examples_of_the_optimizers_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "optimizers.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(snippets) >= 8
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for snippet in snippets:  # each goes on from those above it
+        exec(snippet, names)
+    assert "inert: no update can exceed the bound at this rate" in capsys.readouterr().out
+
+
+def test_the_optimizers_page_names_every_option_and_rule() -> None:
+    page = (ROOT / "docs" / "optimizers.md").read_text()
+    options = set(inspect.signature(steadyrank.ClippyAdagrad).parameters) - {"params", "maximize"}
+    options |= {rule.__name__ for rule in steadyrank.optim.configs.RULES.values()}
+    missing = {name for name in options if name not in page}
+    assert not missing, f"docs/optimizers.md lacks {sorted(missing)}"
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "recipes/README.md", *(f"docs/{p}" for p in ("data.md", "log.md"))]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "recipes/README.md",
+        *(f"docs/{p}" for p in ("data.md", "log.md", "optimizers.md")),
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page

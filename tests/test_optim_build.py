@@ -11,22 +11,51 @@ from torch import nn
 
 from steadyrank.errors import ConfigError
 from steadyrank.optim import (
+    PRESETS,
     AdagradConfig,
     AdamConfig,
     AdamWConfig,
+    ClipGradients,
     ClippyAdagrad,
     ClippyAdagradConfig,
+    ClippyAdam,
+    ClippyAdamConfig,
+    ClippyAdamWConfig,
+    ClipUpdates,
+    LambAdagradConfig,
+    LambConfig,
     OptimizerConfig,
     RowWiseAdagrad,
     RowWiseAdagradConfig,
     SGDConfig,
+    StableAdamWConfig,
     build_optimizer,
+    configs,
     split_parameters,
 )
 from steadyrank.testing import TinyProblem, check_optimizer, forbid_host_sync, step_rowwise_twin
 
-CONFIGS = (ClippyAdagradConfig, AdagradConfig, RowWiseAdagradConfig, AdamConfig, AdamWConfig, SGDConfig)
-GUARDED = (ClippyAdagradConfig, RowWiseAdagradConfig)
+GUARDED = (
+    ClippyAdagradConfig,
+    ClippyAdamConfig,
+    ClippyAdamWConfig,
+    RowWiseAdagradConfig,
+    LambAdagradConfig,
+    LambConfig,
+    StableAdamWConfig,
+)
+CONFIGS = (*GUARDED, AdagradConfig, AdamConfig, AdamWConfig, SGDConfig)
+CLIPS: dict[str, dict[str, Any]] = {
+    "value": {"limit": 0.1},
+    "global_norm": {"max_norm": 0.5},
+    "tensor_norm": {"max_norm": 0.25},
+    "agc": {"clipping": 0.02},
+    "cow_clip": {"ratio": 0.5},
+    "ada_gc": {"warmup": 3},
+    "z_clip": {"threshold": 3.0},
+    "spike_clip": {"warmup": 4},
+    "skip_spikes": {"window": 16},
+}
 ADAPTER: TypeAdapter[Any] = TypeAdapter(OptimizerConfig)
 
 
@@ -99,7 +128,7 @@ def test_what_is_built_holds_every_promise(config_class: Any) -> None:
         params = list(params)
         if isinstance(params[0], tuple):
             return build_optimizer(config_class(), params)
-        return type(build_optimizer(config_class(), [("w", nn.Parameter(torch.ones(1)))]))(params)
+        return type(build_optimizer(config_class(), [("w", nn.Parameter(torch.ones(1)))]))(params, lr=0.05)
 
     check_optimizer(make, guarded=config_class in GUARDED, sparse=config_class not in (AdamConfig, AdamWConfig))
 
@@ -109,16 +138,55 @@ def test_every_option_of_a_config_reaches_the_optimizer(config_class: Any) -> No
     config = config_class(lr=0.25)
     optimizer = build_optimizer(config, TinyProblem().named_parameters())
     group = optimizer.param_groups[0]
-    for option, value in config.model_dump(exclude={"name"}).items():
+    for option, value in config.model_dump(exclude={"name", "clip", "preset"}, exclude_none=True).items():
         assert group[option] == value
     assert group["param_names"] == ["table", "weight", "bias", "empty"]
     assert ADAPTER.validate_python(config.model_dump()) == config
 
 
 def test_defaults_are_the_classes_own_but_for_the_papers_accumulator() -> None:
-    assert ClippyAdagradConfig().model_dump(exclude={"name"}).items() <= ClippyAdagrad([torch.ones(1)]).defaults.items()
+    for config, made in ((ClippyAdagradConfig(), ClippyAdagrad), (ClippyAdamConfig(), ClippyAdam)):
+        options = config.model_dump(exclude={"name", "clip", "preset"}, exclude_none=True)
+        assert options.items() <= made([torch.ones(1)]).defaults.items()
     assert AdagradConfig().initial_accumulator_value == 0.1
     assert AdamConfig().betas == (0.9, 0.999)
+
+
+def test_a_preset_sets_what_is_not_given() -> None:
+    config = ADAPTER.validate_python({"name": "clippy_adagrad", "preset": "authors_code", "lr": 0.5})
+    group = build_optimizer(config, TinyProblem().named_parameters()).param_groups[0]
+    assert (group["lr"], group["absolute_threshold"], group["accumulator"]) == (0.5, 1e-7, "delayed")
+    assert ADAPTER.validate_python(config.model_dump()) == config
+    paper = ADAPTER.validate_python({"name": "clippy_adamw", "preset": "paper"})
+    assert paper.absolute_threshold == PRESETS["paper"]["absolute_threshold"]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_rule_is_built_by_its_name_with_its_options(name: str) -> None:
+    assert set(CLIPS) == set(configs.RULES)
+    config = ADAPTER.validate_python({"name": "adagrad", "lr": 0.1, "clip": {"name": name, **CLIPS[name]}})
+    assert ADAPTER.validate_python(config.model_dump()) == config
+    problem = TinyProblem(sparse=True)
+    optimizer = build_optimizer(config, problem.named_parameters(), sparse=True)
+    assert isinstance(optimizer, ClipGradients)
+    assert type(optimizer.rule) is configs.RULES[name]
+    for option, value in config.clip.model_dump(exclude={"name"}, exclude_none=True).items():
+        assert getattr(optimizer.rule, option) == value
+    for step in range(3):
+        problem.backward(step)
+        optimizer.step()
+    assert torch.isfinite(problem.table).all()
+
+
+def test_updates_are_bounded_around_an_optimizer_that_has_no_clippy() -> None:
+    clip = {"name": "updates", "granularity": "row", "absolute_threshold": 0.5}
+    config = ADAPTER.validate_python({"name": "sgd", "lr": 0.1, "momentum": 0.9, "clip": clip})
+    optimizer = build_optimizer(config, TinyProblem().named_parameters())
+    assert isinstance(optimizer, ClipUpdates)
+    group = optimizer.param_groups[0]
+    assert (group["granularity"], group["absolute_threshold"], group["momentum"]) == ("row", 0.5, 0.9)
+    with pytest.raises(ConfigError, match="bounds its updates already"):
+        build_optimizer(ClippyAdagradConfig(clip=configs.ClipUpdatesConfig()), TinyProblem().named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -130,6 +198,9 @@ def test_defaults_are_the_classes_own_but_for_the_papers_accumulator() -> None:
         ({"name": "adamw", "betas": [0.9, 1.0]}, ("adamw", "betas", 1)),
         ({"name": "clippy_adagrad", "accumulator": "late"}, ("clippy_adagrad", "accumulator")),
         ({"name": "adagrat"}, ()),
+        ({"name": "clippy_adagrad", "preset": "adam"}, ("clippy_adagrad", "preset")),
+        ({"name": "adam", "clip": {"name": "value"}}, ("adam", "clip", "value", "limit")),
+        ({"name": "adam", "clip": {"name": "acg"}}, ("adam", "clip")),
     ],
 )
 def test_a_config_refuses_what_its_optimizer_does_not_have(wrong: dict[str, Any], where: tuple[Any, ...]) -> None:

@@ -54,23 +54,35 @@ def check(optimizer: Optimizer, model: nn.Module | None = None) -> list[Advice]:
     >>> check(ClippyAdagrad(layer.parameters(), lr=0.1))
     []
     """
+    return [found for _, found in _look(optimizer, model) if isinstance(found, Advice)]
+
+
+def lines(optimizer: Optimizer, model: nn.Module | None = None) -> list[str]:
+    """Return a line for each group that has a bound: what is wrong with it, or how far it reaches.
+
+    >>> from steadyrank.optim import ClippyAdam
+    >>> print(lines(ClippyAdam([nn.Parameter(Tensor([0.1] * 9))], lr=0.022))[0])
+    in reach: a step of the rate's size is cut 2.0 times in the median tensor, and is 2.0 times a typical bound
+    """
+    return [found.message if isinstance(found, Advice) else found for _, found in _look(optimizer, model)]
+
+
+def _look(optimizer: Optimizer, model: nn.Module | None) -> list[tuple[int, Advice | str]]:
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    found: list[Advice] = []
-    for index, group in enumerate(optimizer.param_groups):
-        if "absolute_threshold" not in group or not group["params"]:
-            continue
-        advice = _check_group(optimizer, group, index, names)
-        if advice is not None:
-            found.append(advice)
-    return found
+    bounded = [
+        (index, group)
+        for index, group in enumerate(optimizer.param_groups)
+        if "absolute_threshold" in group and group["params"]
+    ]
+    return [(index, _check_group(optimizer, group, index, names)) for index, group in bounded]
 
 
-def _check_group(optimizer: Optimizer, group: dict[str, Any], index: int, names: dict[int, str]) -> Advice | None:
+def _check_group(optimizer: Optimizer, group: dict[str, Any], index: int, names: dict[int, str]) -> Advice | str:
     lr, absolute = float(group["lr"]), float(group["absolute_threshold"])
     reach = _reach(optimizer, group)
     decays = lr * group.get("weight_decay", 0.0) > group["variable_relative_threshold"]
     if group.get("calibration_steps"):
-        return None  # the bound is not known yet
+        return f"calibrating: the bound is known after {group['calibration_steps']} steps; raise the rate then"
     if lr * reach <= absolute and not decays:
         return Advice(
             "inert",
@@ -82,7 +94,7 @@ def _check_group(optimizer: Optimizer, group: dict[str, Any], index: int, names:
         )
     cuts, typical = _cuts(optimizer, group)
     if not cuts:
-        return None
+        return "in reach: there is nothing to clip"
     cut, usual = statistics.median(cuts), statistics.median(typical)
     worst = max(range(len(cuts)), key=cuts.__getitem__)
     param = [p for p in group["params"] if p.numel()][worst]
@@ -102,7 +114,10 @@ def _check_group(optimizer: Optimizer, group: dict[str, Any], index: int, names:
             "or overlook a share of the coordinates with quantile=0.001"
         )
         return Advice("strangling", index, message, numbers)
-    return None
+    return (
+        f"in reach: a step of the rate's size is cut {cut:.1f} times in the median tensor, and is {usual:.1f} times a "
+        "typical bound"
+    )
 
 
 def _reach(optimizer: Optimizer, group: dict[str, Any]) -> float:

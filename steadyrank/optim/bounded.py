@@ -27,7 +27,7 @@ Granularity = Literal["tensor", "row", "unit"]
 """What shares one factor: a tensor (the paper), an index of the first dimension (rows of a table), or an output unit
 (an index of the first dimension of a matrix; vectors and scalars have one factor as a whole)."""
 
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Coordinates worked on at a time on a CPU: what several operations read and write should stay in its cache."""
 
 
@@ -149,6 +149,7 @@ class BoundedOptimizer(GuardedOptimizer):
 
     def _fused_options(self, group: dict[str, Any]) -> fused.Options:
         lr = float(group["lr"])
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
         return fused.Options(
             kind=self._kind(group),
             sign=-1.0 if group["maximize"] else 1.0,
@@ -158,9 +159,13 @@ class BoundedOptimizer(GuardedOptimizer):
             absolute=min(group["absolute_threshold"], 1e30),
             eps=group["eps"],
             decay=lr * group["weight_decay"],
-            beta1=group["betas"][0] if "betas" in group else 0.0,
-            beta2=group["betas"][1] if "betas" in group else 0.0,
             limit=kernels.gradient_limit(torch.float32, lr, self._floor(group)),
+            keep1=beta1,
+            new1=1 - beta1,
+            keep2=beta2,
+            new2=1 - beta2,
+            beta1=beta1,
+            beta2=beta2,
         )
 
     def _step_lists(self, touched: list[Touched], group: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@
 #define CHUNK 1024            /* coordinates: three arrays of it stay in the first-level cache */
 #define BATCH (1 << 19)       /* coordinates of tensors worked on together, so that a gradient read once is still in a cache */
 #define LARGEST 3e38f         /* stands for an infinite ratio: the compiler may assume that there are no infinities */
-#define TINY 1e-37f           /* keeps 0 / 0 out, and subnormal numbers, whose fast reciprocals are not reliable */
+#define TINY 1e-37f           /* keeps 0 / 0 out where nothing was accumulated, and divisions by subnormal numbers */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { ADAGRAD = 0, ADAGRAD_DELAYED = 1, ADAGRAD_DELAYED_CLIPPED = 2, ADAM = 3, ADAM_CLIPPED = 4 };
@@ -26,8 +26,9 @@ typedef struct {
     int32_t kind;
     float sign; /* -1 to maximize */
     float lr, relative, accumulator_relative, absolute, eps, decay; /* decay = lr * weight_decay */
-    float beta1, beta2;
-    float limit; /* a gradient with a larger coordinate is refused */
+    float limit;              /* a gradient with a larger coordinate is refused */
+    float keep1, new1, keep2, new2; /* beta1, 1 - beta1, beta2, 1 - beta2, each rounded once */
+    double beta1, beta2;
 } Options;
 
 typedef struct {
@@ -70,8 +71,8 @@ INLINE Step step_of(const Options *o, Scale s, int kind, float w, float g, float
     Step out;
     g *= o->sign;
     if (kind >= ADAM) {
-        float m = first + (1.0f - o->beta1) * (g - first);
-        float v = o->beta2 * second + (1.0f - o->beta2) * g * g;
+        float m = o->keep1 * first + o->new1 * g;
+        float v = o->keep2 * second + o->new2 * g * g;
         out.den = sqrtf(v + TINY) * s.root + o->eps;
         out.num = s.rate * m;
     } else {
@@ -102,8 +103,8 @@ INLINE void accumulate(const Options *o, int kind, float sigma, float g, float *
     g *= o->sign;
     if (kind == ADAGRAD_DELAYED_CLIPPED || kind == ADAM_CLIPPED) g *= sigma;
     if (kind >= ADAM) {
-        *first += (1.0f - o->beta1) * (g - *first);
-        *second = o->beta2 * *second + (1.0f - o->beta2) * g * g;
+        *first = o->keep1 * *first + o->new1 * g;
+        *second = o->keep2 * *second + o->new2 * g * g;
     } else {
         *first = total_of(*first, g);
     }
@@ -256,24 +257,30 @@ static void conclude(const Options *o, const Tensor *t, Found *f, const Chunk *c
     }
 }
 
-static void run_batch(const Options *o, const Tensor *tensors, Found *found, Chunk *chunks, int64_t count, int threads) {
+/* What a gradient's chunk holds must be known of the whole tensor before anything of it is written. */
+static void look(const Tensor *tensors, const Found *found, Chunk *c) {
+    if (!found[c->tensor].careful) c->top = chunk_top(tensors[c->tensor].grad + c->start, c->size);
+}
+
+static void refuse(const Options *o, Found *found, const Chunk *chunks, int64_t count) {
     union { float number; uint32_t bits; } limit = {o->limit};
-    int64_t k;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
-    for (k = 0; k < count; k++) {
-        Chunk *c = chunks + k;
-        if (!found[c->tensor].careful && chunk_top(tensors[c->tensor].grad + c->start, c->size) > limit.bits) {
-            #pragma omp atomic write
-            found[c->tensor].refused = 1;
-        }
-    }
-    #pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
-    for (k = 0; k < count; k++) {
-        Chunk *c = chunks + k;
-        if (!found[c->tensor].refused) run_first(o, tensors + c->tensor, found + c->tensor, c);
-    }
-    for (k = 0; k < count; k++)
+    for (int64_t k = 0; k < count; k++)
         if (chunks[k].top > limit.bits) found[chunks[k].tensor].refused = 1;
+}
+
+/* Step the tensors of `count` chunks, and look at the `next` chunks after them: two streams of memory keep a processor
+ * busier than one after the other. */
+static void run_batch(const Options *o, const Tensor *tensors, Found *found, Chunk *chunks, int64_t count, int64_t next,
+                      int threads) {
+    int64_t k, most = count > next ? count : next;
+    refuse(o, found, chunks, count);
+    #pragma omp parallel for schedule(static) num_threads(threads) if (most > 8)
+    for (k = 0; k < most; k++) {
+        Chunk *c = chunks + k;
+        if (k < count && !found[c->tensor].refused) run_first(o, tensors + c->tensor, found + c->tensor, c);
+        if (k < next) look(tensors, found, chunks + count + k);
+    }
+    refuse(o, found, chunks, count);
     int again = 0;
     for (k = 0; k < count; k++) {
         Found *f = found + chunks[k].tensor;
@@ -287,33 +294,50 @@ static void run_batch(const Options *o, const Tensor *tensors, Found *found, Chu
             conclude(o, tensors + chunks[k].tensor, found + chunks[k].tensor, chunks);
     if (!again) return;
     #pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
-    for (k = 0; k < count; k++) { /* backwards: what was read last is still in the cache */
+    for (k = 0; k < count; k++) {
         const Chunk *c = chunks + k;
         if (!found[c->tensor].refused) run_second(o, tensors + c->tensor, found + c->tensor, c);
     }
 }
 
-/* Returns 0, or 1 if there was no memory for the bookkeeping; nothing was changed then. */
-int steadyrank_clippy_step(const Options *o, const Tensor *tensors, int64_t count, int threads) {
-    int64_t most = 1, here = 0, from = 0;
-    for (int64_t i = 0; i < count; i++) most += (tensors[i].size + CHUNK - 1) / CHUNK;
-    Found *found = malloc(sizeof(Found) * (count + 1));
-    Chunk *chunks = malloc(sizeof(Chunk) * most);
-    if (found == NULL || chunks == NULL) { free(found); free(chunks); return 1; }
-    int64_t coordinates = 0;
-    for (int64_t i = 0; i < count; i++) {
-        prepare(o, tensors + i, found + i);
-        if (tensors[i].size == 0) conclude(o, tensors + i, found + i, NULL);
+/* Lay out the chunks of all tensors; return how many there are. */
+static int64_t lay_out(const Tensor *tensors, int64_t count, Chunk *chunks) {
+    int64_t here = 0;
+    for (int64_t i = 0; i < count; i++)
         for (int64_t start = 0; start < tensors[i].size; start += CHUNK) {
             int64_t left = tensors[i].size - start;
             chunks[here++] = (Chunk){(int32_t)i, 0, start, left < CHUNK ? left : CHUNK, 0.0f, 0, 0};
         }
-        coordinates += tensors[i].size;
-        if (coordinates >= BATCH || i == count - 1) {
-            run_batch(o, tensors, found, chunks + from, here - from, threads);
-            from = here;
-            coordinates = 0;
-        }
+    return here;
+}
+
+/* How many chunks from `from` on make a batch: whole tensors, until there are enough coordinates. */
+static int64_t batch_size(const Chunk *chunks, int64_t from, int64_t count) {
+    int64_t end = from, coordinates = 0;
+    while (end < count && (coordinates < BATCH || chunks[end].tensor == chunks[end - 1].tensor))
+        coordinates += chunks[end++].size;
+    return end - from;
+}
+
+/* Returns 0, or 1 if there was no memory for the bookkeeping; nothing was changed then. */
+int steadyrank_clippy_step(const Options *o, const Tensor *tensors, int64_t count, int threads) {
+    int64_t most = 1;
+    for (int64_t i = 0; i < count; i++) most += (tensors[i].size + CHUNK - 1) / CHUNK;
+    Found *found = malloc(sizeof(Found) * (count + 1));
+    Chunk *chunks = malloc(sizeof(Chunk) * most);
+    if (found == NULL || chunks == NULL) { free(found); free(chunks); return 1; }
+    for (int64_t i = 0; i < count; i++) {
+        prepare(o, tensors + i, found + i);
+        if (tensors[i].size == 0) conclude(o, tensors + i, found + i, NULL);
+    }
+    int64_t all = lay_out(tensors, count, chunks), size = batch_size(chunks, 0, all), k;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (size > 8)
+    for (k = 0; k < size; k++) look(tensors, found, chunks + k);
+    for (int64_t from = 0; from < all;) {
+        int64_t next = batch_size(chunks, from + size, all);
+        run_batch(o, tensors, found, chunks + from, size, next, threads);
+        from += size;
+        size = next;
     }
     free(found);
     free(chunks);
