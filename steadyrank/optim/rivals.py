@@ -163,7 +163,7 @@ class LambAdagrad(GuardedOptimizer):
 
     Source: what Tang et al., KDD 2023, arXiv 2302.09178, compare Clippy with: You et al., arXiv 1904.00962,
     Algorithm 2, with phi(x) = x, on Adagrad. They have no epsilon. The rules for norms of 0 are those of optax and
-    timm; the ceiling on sigma is that of Fong et al., arXiv 2011.13584, who found 1 the best.
+    timm; the ceiling on sigma is that of Fong et al., arXiv 2011.13584.
     """
 
     own_option: ClassVar[str] = "trust_clip"
