@@ -352,6 +352,21 @@ def _check_scheduler(make: MakeOptimizer, sparse: bool) -> None:
     assert _same(problems[0].state_dict(), problems[1].state_dict()), "scheduler: its rates did not reach the step"
 
 
+def _check_accumulation(make: MakeOptimizer, sparse: bool) -> None:
+    problems = TinyProblem(sparse=sparse), TinyProblem(sparse=sparse)
+    optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
+    for step in range(3):
+        # Quarters and halves, so that the sum of the parts is the whole bit for bit.
+        _train(problems[0], optimizers[0], [step])
+        problems[1].zero_grad()
+        for part in (0.25, 0.25, 0.5):
+            (part * problems[1].loss(step)).backward()
+        optimizers[1].step()
+    for (name, one), two in zip(problems[0].named_parameters(), problems[1].parameters(), strict=True):
+        near = torch.allclose(one, two, rtol=0, atol=1e-5)
+        assert near, f"gradient accumulation: {name} differs from one backward pass over the whole"
+
+
 def _check_scaler(make: MakeOptimizer, sparse: bool) -> None:
     problems = TinyProblem(sparse=sparse), TinyProblem(sparse=sparse)
     optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
@@ -429,5 +444,6 @@ _PROMISES: tuple[Callable[[MakeOptimizer, bool], None], ...] = (
     _check_copies,
     _check_closure_and_hooks,
     _check_scheduler,
+    _check_accumulation,
     _check_scaler,
 )

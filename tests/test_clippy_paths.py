@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,11 +305,41 @@ for number in range(3):
 print("same")
 """
 
+GOLDEN_COMPILED = """
+import numpy as np
+import torch
+from steadyrank.optim import ClippyAdagrad
+from tests.test_clippy import CASES, as_gradient, golden, options, param
+for name in CASES:
+    case = golden(name)
+    weight = param(case["initial_weight"], torch.float64)
+    optimizer = ClippyAdagrad([weight], **options(case))
+    torch.compiler.reset()
+    step, moved, last = torch.compile(optimizer.step, backend="aot_eager", dynamic=False), 0.0, np.array(case["initial_weight"])
+    for number, recorded in enumerate(case["steps"], start=1):
+        weight.grad = as_gradient(recorded, weight)
+        step()
+        moved += np.abs(np.array(recorded["weight"]) - last).max()
+        last = np.array(recorded["weight"])
+        close, ulp = (1e-12, 0.0) if case["dtype"] == "float64" else (1e-5, number * 2**-24)
+        gap = np.abs(weight.detach().numpy() - last).max()
+        assert gap <= close * moved + ulp * np.abs(last).max(), (name, number, gap)
+print("all")
+"""
+
 
 def test_compiled_by_torch_it_takes_the_same_step() -> None:
     # In a process of its own, where the tests' run-time checks of shapes are not in torch.compile's way.
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+def test_traced_by_torch_it_equals_the_authors_code() -> None:
+    golden(CASES[0])  # skips where the recordings are absent
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", GOLDEN_COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.stdout.strip() == "all", done.stderr[-2000:]
 
 
 def test_sparse_rows_by_the_kernel_and_by_lists() -> None:

@@ -19,7 +19,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from steadyrank.optim import ClippyAdagrad, ClippyAdam, ClippyAdamW, RowWiseAdagrad
+from steadyrank.optim import (
+    AGC,
+    ClipGlobalNorm,
+    ClipGradients,
+    ClippyAdagrad,
+    ClippyAdam,
+    ClippyAdamW,
+    ClipUpdates,
+    Lamb,
+    LambAdagrad,
+    RowWiseAdagrad,
+    StableAdamW,
+)
 
 CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad": lambda params: ClippyAdagrad(params, lr=0.5),
@@ -32,6 +44,12 @@ CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda params: ClippyAdam(params, lr=0.05),
     "adam_clip_moments": lambda params: ClippyAdam(params, lr=0.05, clip_moments=True, calibration_steps=2),
     "adamw": lambda params: ClippyAdamW(params, lr=0.05, weight_decay=0.1),
+    "lamb_adagrad": lambda params: LambAdagrad(params, lr=0.1, weight_decay=0.1),
+    "lamb": lambda params: Lamb(params, lr=0.1, trust_clip=5.0),
+    "stable_adamw": lambda params: StableAdamW(params, lr=0.05, weight_decay=0.1),
+    "clip_updates": lambda params: ClipUpdates(torch.optim.Adam(params, lr=0.05), absolute_threshold=0.001),
+    "agc": lambda params: ClipGradients(torch.optim.Adagrad(params, lr=0.5), AGC(clipping=0.05)),
+    "global_norm": lambda params: ClipGradients(ClippyAdagrad(params, lr=0.5), ClipGlobalNorm(0.5)),
     "rowwise": lambda params: RowWiseAdagrad(params, lr=0.5),
 }
 
@@ -60,7 +78,8 @@ def shards(make: Callable[[Any], torch.optim.Optimizer], mesh: DeviceMesh, dim: 
             p.grad, q.grad = grad, distribute_tensor(grad.clone(), mesh, q.placements)
         for optimizer in made:
             optimizer.step()
-    bad = [int(whole(made[1].state[q]["bad_steps"])) for q in many]
+    states = [made[1].state[q] for q in many]
+    bad = [int(whole(next(state[key] for key in ("bad_steps", "grad_bad_steps") if key in state))) for state in states]
     factors = [[float(whole(o.state[p].get("clip_factor", torch.ones(())))) for p in ps]
                for o, ps in zip(made, (one, many), strict=True)]  # fmt: skip
     saved = copy.deepcopy(made[1].state_dict())

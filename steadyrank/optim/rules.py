@@ -122,7 +122,9 @@ def smallest(factor: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     >>> smallest(torch.tensor([0.5, 1.0])), smallest(torch.ones(0))
     (tensor(0.5000), tensor(1.))
     """
-    return kernels.whole(factor.amin() if factor.numel() else factor.new_ones(()))
+    if hasattr(factor, "to_local"):  # whose part here may be empty, where amin has no answer
+        return kernels.factor_of(kernels.largest([factor.reciprocal()])[0])
+    return factor.amin() if factor.numel() else factor.new_ones(())
 
 
 def scaled(gradients: Sequence[Gradient], factors: Sequence[Tensor]) -> Clipped:

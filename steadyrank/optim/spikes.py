@@ -255,7 +255,8 @@ class SkipSpikes(Rule):
     Mean and standard deviation (of a sample) are those of the last `window` norms, skipped ones among them: a lasting
     rise is skipped until the window knows it, not for ever. Nothing is skipped before max(20, window / 2) norms are
     known, or the whole window if it is shorter. A flat history counts as having a spread of 1e-6 of its mean. Where a
-    gradient cannot be taken in, the step is refused and its norm is not remembered.
+    gradient cannot be taken in, the step is refused and its norm is not remembered. `optimizer.shared["skipped"]`
+    counts the skipped steps.
 
     Args:
         sigmas: how many standard deviations above the mean is too far, above 0.

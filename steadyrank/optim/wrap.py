@@ -31,7 +31,7 @@ class ClipUpdates(WrappedOptimizer):
         delta = w - w'
         bound = lambda_rel * |w| + lambda_abs
         sigma = min(1, min_i bound_i / |delta_i|)
-        w     <- w - sigma * delta                          where sigma is 1: w', bit for bit
+        w     <- w - sigma * delta                          where sigma is 1: exactly w'
 
     The inner's own state takes in what it always does: momentum and accumulators know nothing of sigma.
 
@@ -42,7 +42,8 @@ class ClipUpdates(WrappedOptimizer):
     device, tensors within lists or objects), go on. Without `guard` only the weights are looked after: an update that
     is not finite is undone and counted, which does for a loop that guards its gradients, at lower cost.
 
-    Our own optimizers guard themselves: around one of them, it refuses bad gradients and counts them in its own state.
+    Our own optimizers guard themselves: around one of them, it refuses bad gradients and counts them in its own state
+    (and `clip_factor` is then 1, since nothing moved).
 
     A step costs a copy of the weights, with `guard` also of gradients and inner state, and some passes over them. Of a
     sparse gradient, only the touched rows are copied and measured; one factor holds for all of them, unless
@@ -156,7 +157,7 @@ class ClipUpdates(WrappedOptimizer):
             most = kernels.largest(worsts).amax()
             for (old, new), worst in zip(parts, worsts, strict=True):
                 factor = kernels.factor_of(worst if worst.dim() else most)
-                # lerp gives the second exactly where the factor is 1.
+                # Where the factor is 1, lerp gives the second exactly (but for the sign of a zero).
                 new.copy_(torch.where(ok, torch.lerp(old, new.to(old.dtype), factor), old))
             if each.rows is not None:  # what was written into is a copy of the rows
                 each.param.index_copy_(0, each.rows, pair[1])
