@@ -15,7 +15,7 @@ from steadyrank.data.catalog import DATASETS, prepare_dataset
 from steadyrank.data.logs import LogsConfig, ParquetLog
 from steadyrank.errors import ConfigError, DataError
 from steadyrank.models.ranker import paper_model
-from steadyrank.optim.build import ClippyAdagradConfig
+from steadyrank.optim import ClippyAdagradConfig
 
 from .shared import shared
 

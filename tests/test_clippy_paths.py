@@ -315,7 +315,8 @@ for name in CASES:
     weight = param(case["initial_weight"], torch.float64)
     optimizer = ClippyAdagrad([weight], **options(case))
     torch.compiler.reset()
-    step, moved, last = torch.compile(optimizer.step, backend="aot_eager", dynamic=False), 0.0, np.array(case["initial_weight"])
+    step = torch.compile(optimizer.step, backend="aot_eager", dynamic=False)
+    moved, last = 0.0, np.array(case["initial_weight"])
     for number, recorded in enumerate(case["steps"], start=1):
         weight.grad = as_gradient(recorded, weight)
         step()

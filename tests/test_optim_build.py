@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from steadyrank.errors import ConfigError
+from steadyrank.monitors.dynamics import ClipFactors
 from steadyrank.optim import (
     PRESETS,
     AdagradConfig,
@@ -272,3 +273,14 @@ def test_the_check_itself_finds_broken_promises() -> None:
         optimizer.step()
     with pytest.raises(AssertionError, match="descends"):
         check_optimizer(lambda params: torch.optim.SGD(params, lr=0.001, maximize=True), guarded=False)
+
+
+def test_a_clip_factor_is_read_through_a_wrapper() -> None:
+    problem = TinyProblem()
+    config = ADAPTER.validate_python({"name": "clippy_adagrad", "lr": 5.0, "clip": {"name": "value", "limit": 9.0}})
+    optimizer = build_optimizer(config, problem.named_parameters())
+    problem.backward(0)
+    optimizer.step()
+    factors = ClipFactors(problem.named_parameters(), [optimizer]).read()
+    assert factors.keys() == {"table", "weight", "bias", "empty"}
+    assert factors["table"] < 1

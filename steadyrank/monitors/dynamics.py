@@ -21,7 +21,7 @@ class ClipFactors:
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizers: Iterable[torch.optim.Optimizer]
     ) -> None:
         self._parameters = list(named_parameters)
-        self._optimizers = list(optimizers)
+        self._optimizers = [inner for optimizer in optimizers for inner in _with_inner(optimizer)]
 
     def read(self) -> dict[str, Float[Tensor, ""]]:
         """Return each parameter's factor as a 0-d tensor where it lies, by the parameter's name.
@@ -39,3 +39,9 @@ class ClipFactors:
                 if factor is not None:
                     found[name] = factor
         return found
+
+
+def _with_inner(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimizer and those that it is wrapped around."""
+    inner = getattr(optimizer, "optimizer", None)
+    return [optimizer, *(_with_inner(inner) if isinstance(inner, torch.optim.Optimizer) else [])]

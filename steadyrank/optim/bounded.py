@@ -172,7 +172,11 @@ class BoundedOptimizer(GuardedOptimizer):
         """Step tensors of one device together."""
         dtype = torch.promote_types(touched[0].weight.dtype, torch.float32)
         device = touched[0].weight.device
-        lr = torch.as_tensor(group["lr"], dtype=dtype).to(device, non_blocking=True).reshape(())
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(device, dtype, non_blocking=True).reshape(())
+        else:
+            lr = torch.full((), lr, dtype=dtype, device=device)
         limit = kernels.gradient_limit(dtype, lr, self._floor(group))
         usable_P = kernels.are_usable([each.grad for each in touched], limit, lr)
         lr = kernels.keep_where(torch.isfinite(lr), lr)
@@ -273,7 +277,7 @@ class BoundedOptimizer(GuardedOptimizer):
         return [kernels.factor_of(w) for w in worst]
 
     def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
-        by_row = group["granularity"] == "row" or (group["granularity"] == "unit" and ratio.dim() > 1)
+        by_row = ratio.dim() > {"tensor": math.inf, "row": 0, "unit": 1}[group["granularity"]]
         if group["quantile"]:
             gathered = ratio if by_row else kernels.whole(ratio)  # the k-th largest of shards is not that of the whole
             return kernels.worst_but_for(gathered, group["quantile"], by_row)

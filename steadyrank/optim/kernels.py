@@ -78,7 +78,10 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
     """
     plain = [local(x) for x in xs]
     filled = [x for x in plain if x.numel()]
-    sizes = iter(torch._foreach_norm(filled, ord=math.inf) if filled else ())
+    if filled and filled[0].device.type == "cpu":  # where the norm takes twenty times as long
+        sizes = iter([x.abs().amax() for x in filled])
+    else:
+        sizes = iter(torch._foreach_norm(filled, ord=math.inf) if filled else ())
     found = torch.stack([next(sizes) if x.numel() else x.new_zeros(()) for x in plain])
     found = found.nan_to_num(nan=math.inf, posinf=math.inf)  # some collectives' maximum loses a NaN
     meshes = {x.device_mesh for x in xs if hasattr(x, "device_mesh")}
@@ -181,8 +184,8 @@ def adam_deltas(
     Source: Kingma and Ba, arXiv 1412.6980, Algorithm 1.
 
     >>> one = torch.ones(())
-    >>> adam_deltas([torch.tensor([0.2])], [torch.tensor([0.004])], [one], one, (0.9, 0.999), 0.0)
-    [tensor([1.0000])]
+    >>> adam_deltas([torch.tensor([0.1])], [torch.tensor([0.004])], [one], one, (0.9, 0.999), 0.0)[0].round(decimals=3)
+    tensor([0.5000])
     """
     roots = [torch.sqrt(v / debias(betas[1], t)) for v, t in zip(squares, steps, strict=True)]
     torch._foreach_add_(roots, max(eps, torch.finfo(roots[0].dtype).tiny))
