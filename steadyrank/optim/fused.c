@@ -15,7 +15,7 @@
 #include <string.h>
 
 #define CHUNK 1024            /* coordinates: three arrays of it stay in the first-level cache */
-#define BATCH (1 << 19)       /* coordinates of tensors worked on together, so that a gradient read once is still in a cache */
+#define BATCH (1 << 21)       /* coordinates of tensors worked on together, so that a gradient read once is still in a cache */
 #define LARGEST 3e38f         /* stands for an infinite ratio: the compiler may assume that there are no infinities */
 #define TINY 1e-37f           /* keeps 0 / 0 out where nothing was accumulated, and divisions by subnormal numbers */
 #define INLINE static inline __attribute__((always_inline))
@@ -268,17 +268,16 @@ static void refuse(const Options *o, Found *found, const Chunk *chunks, int64_t 
         if (chunks[k].top > limit.bits) found[chunks[k].tensor].refused = 1;
 }
 
-/* Step the tensors of `count` chunks, and look at the `next` chunks after them: two streams of memory keep a processor
- * busier than one after the other. */
-static void run_batch(const Options *o, const Tensor *tensors, Found *found, Chunk *chunks, int64_t count, int64_t next,
+static void run_batch(const Options *o, const Tensor *tensors, Found *found, Chunk *chunks, int64_t count,
                       int threads) {
-    int64_t k, most = count > next ? count : next;
+    int64_t k;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
+    for (k = 0; k < count; k++) look(tensors, found, chunks + k);
     refuse(o, found, chunks, count);
-    #pragma omp parallel for schedule(static) num_threads(threads) if (most > 8)
-    for (k = 0; k < most; k++) {
+    #pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
+    for (k = 0; k < count; k++) {
         Chunk *c = chunks + k;
-        if (k < count && !found[c->tensor].refused) run_first(o, tensors + c->tensor, found + c->tensor, c);
-        if (k < next) look(tensors, found, chunks + count + k);
+        if (!found[c->tensor].refused) run_first(o, tensors + c->tensor, found + c->tensor, c);
     }
     refuse(o, found, chunks, count);
     int again = 0;
@@ -330,14 +329,11 @@ int steadyrank_clippy_step(const Options *o, const Tensor *tensors, int64_t coun
         prepare(o, tensors + i, found + i);
         if (tensors[i].size == 0) conclude(o, tensors + i, found + i, NULL);
     }
-    int64_t all = lay_out(tensors, count, chunks), size = batch_size(chunks, 0, all), k;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (size > 8)
-    for (k = 0; k < size; k++) look(tensors, found, chunks + k);
+    int64_t all = lay_out(tensors, count, chunks);
     for (int64_t from = 0; from < all;) {
-        int64_t next = batch_size(chunks, from + size, all);
-        run_batch(o, tensors, found, chunks + from, size, next, threads);
+        int64_t size = batch_size(chunks, from, all);
+        run_batch(o, tensors, found, chunks + from, size, threads);
         from += size;
-        size = next;
     }
     free(found);
     free(chunks);
