@@ -124,6 +124,7 @@ def main(rank: int, port: str, path: str) -> None:
             json.dump(found, file)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that winds down by itself
 
 
 if __name__ == "__main__":

@@ -108,11 +108,9 @@ class BoundedOptimizer(GuardedOptimizer):
         rest = touched
         if group["fused"] is not False and not torch.compiler.is_compiling():
             rest = self._step_fused(touched, group)
-        devices = {each.weight.device for each in rest}
-        for device in devices:
-            here = [each for each in rest if each.weight.device == device]
-            many = group["foreach"] if group["foreach"] is not None else device.type == "cuda"
-            for bunch in [here] if many else [[each] for each in here]:
+        for kind in {(each.weight.device, each.weight.dtype) for each in rest}:
+            alike = [each for each in rest if (each.weight.device, each.weight.dtype) == kind]
+            for bunch in _bunches(alike, group["foreach"]):
                 self._step_lists(bunch, group)
 
     def _step_fused(self, touched: list[Touched], group: dict[str, Any]) -> list[Touched]:
@@ -169,7 +167,7 @@ class BoundedOptimizer(GuardedOptimizer):
         )
 
     def _step_lists(self, touched: list[Touched], group: dict[str, Any]) -> None:
-        """Step tensors of one device together."""
+        """Step tensors of one device and dtype together."""
         dtype = torch.promote_types(touched[0].weight.dtype, torch.float32)
         device = touched[0].weight.device
         lr = group["lr"]
@@ -263,18 +261,23 @@ class BoundedOptimizer(GuardedOptimizer):
     ) -> list[Tensor]:
         """Return each tensor's factors, in shapes that broadcast over it, and note them in the states."""
         if self._plain(group):
-            worst = list(kernels.largest(ratios).unbind())
+            most_P = kernels.largest(ratios)
+            factors = list(kernels.factor_of(most_P).unbind())
         else:
             worst = [self._worst(ratio, group) for ratio in ratios]
-        for each, ratio, most, ok in zip(touched, ratios, kernels.largest(worst).unbind(), usable, strict=True):
-            each.state[CLIP_FACTOR].copy_(kernels.keep_where(ok, kernels.factor_of(most)))
-            each.state[BAD_STEPS].add_(~ok)
+            most_P = kernels.largest(worst)
+            factors = [kernels.factor_of(w) for w in worst]
+        usable_P = torch.stack(usable)
+        least = torch.where(usable_P, kernels.factor_of(most_P), 0.0).unbind()
+        torch._foreach_copy_([each.state[CLIP_FACTOR] for each in touched], list(least))
+        torch._foreach_add_([each.state[BAD_STEPS] for each in touched], list((~usable_P).long().unbind()))
+        for each, ratio, most, ok in zip(touched, ratios, most_P.unbind(), usable, strict=True):
             if group["calibration_steps"]:
                 self._calibrate(each, most, ok, group)
             if group["telemetry"]:
                 self._note_binding(each, ratio)
                 self._name_binding(each)
-        return [kernels.factor_of(w) for w in worst]
+        return factors
 
     def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
         by_row = ratio.dim() > {"tensor": math.inf, "row": 0, "unit": 1}[group["granularity"]]
@@ -339,3 +342,16 @@ class BoundedOptimizer(GuardedOptimizer):
 
 def _weights(touched: list[Touched]) -> list[Tensor]:
     return [each.weight.to(wide_dtype(each.weight.dtype)) for each in touched]
+
+
+def _bunches(touched: list[Touched], foreach: bool | None) -> list[list[Touched]]:
+    """Say which tensors of a device step together: all, none, or where it is left open, what saves time.
+
+    On a GPU that is all of them, for fewer launches. On a CPU it is the small ones, whose cost is that of the calls;
+    large ones are better gone through one after the other, in pieces.
+    """
+    if foreach or (foreach is None and touched[0].weight.device.type != "cpu"):
+        return [touched]
+    small = [each for each in touched if foreach is None and each.weight.numel() <= CHUNK]
+    alone = [[each] for each in touched if foreach is False or each.weight.numel() > CHUNK]
+    return [small, *alone] if small else alone
