@@ -110,36 +110,42 @@ class BoundedOptimizer(GuardedOptimizer):
             rest = self._step_fused(touched, group)
         for kind in {(each.weight.device, each.weight.dtype) for each in rest}:
             alike = [each for each in rest if (each.weight.device, each.weight.dtype) == kind]
+            if group["fused"] and kind[0].type != "cpu" and not torch.compiler.is_compiling():
+                fused.compiled(type(self)._step_lists)(self, alike, group)
+                continue
             for bunch in _bunches(alike, group["foreach"]):
                 self._step_lists(bunch, group)
 
     def _step_fused(self, touched: list[Touched], group: dict[str, Any]) -> list[Touched]:
-        """Step what the compiled kernels take, and return the rest."""
+        """Step what the C kernel takes, and return the rest."""
         must = group["fused"] is True
-        if must and all(each.weight.device.type == "cuda" for each in touched):
-            fused.compiled(type(self)._step_lists)(self, touched, group)
-            return []
-        if not self._plain(group) or not fused.available(must):
-            if must and not self._plain(group):
-                raise ConfigError("fused: takes neither granularity, quantile, calibration nor decay; leave it None")
-            return touched
-        if not math.isfinite(float(group["lr"])):
-            return touched
         taken: list[Touched] = []
         rest: list[Touched] = []
         for each in touched:
             (taken if fused.takes(each, self.row_states) else rest).append(each)
-        if must and rest:
-            index = next(i for i, p in enumerate(group["params"]) if p is rest[0].param)
-            raise ConfigError(
-                f"{parameter_label(group, index)} cannot be stepped by the fused kernel: it takes contiguous float32 "
-                "tensors on the CPU, or a model that is all on a GPU; leave fused None, and what fits is taken"
-            )
-        if taken:
-            fused.step(taken, self.row_states, self._fused_options(group))
-            for each in taken:
-                self._name_binding(each)
+        if must:
+            self._check_fused(rest, group)
+        if not taken or not self._plain(group) or not fused.available(must) or not math.isfinite(float(group["lr"])):
+            return touched
+        fused.step(taken, self.row_states, self._fused_options(group))
+        for each in taken:
+            self._name_binding(each)
         return rest
+
+    def _check_fused(self, rest: list[Touched], group: dict[str, Any]) -> None:
+        """Raise ConfigError unless what the C kernel does not take is on a GPU, where torch.compile serves."""
+        odd = next((each for each in rest if each.weight.device.type == "cpu"), None)
+        if odd is not None:
+            index = next(i for i, p in enumerate(group["params"]) if p is odd.param)
+            raise ConfigError(
+                f"{parameter_label(group, index)} cannot be stepped by the fused kernel: on the CPU it takes "
+                "contiguous float32 tensors; leave fused None, and what fits is taken"
+            )
+        if not self._plain(group) and not rest:
+            raise ConfigError(
+                "fused: on the CPU it takes neither granularity, quantile, calibration nor a fading accumulator; "
+                "leave it None"
+            )
 
     def _plain(self, group: dict[str, Any]) -> bool:
         """Say whether the options are those that the fused kernels know."""
@@ -233,7 +239,7 @@ class BoundedOptimizer(GuardedOptimizer):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the whole steps that would be taken unbounded, and their bounds."""
         bounds = self._bounds(touched, _weights(touched), group)
-        if group["calibration_steps"]:
+        if PRESSURE in touched[0].state:
             torch._foreach_mul_(bounds, [self._scale(each, group) for each in touched])
         return self._whole_deltas(touched, grads, usable, group, lr), bounds
 
@@ -254,7 +260,8 @@ class BoundedOptimizer(GuardedOptimizer):
         return deltas
 
     def _positive(self, group: dict[str, Any]) -> bool:
-        return bool(group["absolute_threshold"] > 0 and not math.isinf(group["absolute_threshold"]))
+        """Say whether every bound is known to be above 0, and finite."""
+        return bool(0 < group["absolute_threshold"] < math.inf)
 
     def _factors(
         self, touched: list[Touched], ratios: list[Tensor], usable: list[Tensor], group: dict[str, Any]
@@ -272,9 +279,9 @@ class BoundedOptimizer(GuardedOptimizer):
         torch._foreach_copy_([each.state[CLIP_FACTOR] for each in touched], list(least))
         torch._foreach_add_([each.state[BAD_STEPS] for each in touched], list((~usable_P).long().unbind()))
         for each, ratio, most, ok in zip(touched, ratios, most_P.unbind(), usable, strict=True):
-            if group["calibration_steps"]:
+            if PRESSURE in each.state:
                 self._calibrate(each, most, ok, group)
-            if group["telemetry"]:
+            if BINDING in each.state:
                 self._note_binding(each, ratio)
                 self._name_binding(each)
         return factors

@@ -213,7 +213,7 @@ class ClippyAdagrad(BoundedOptimizer):
 
 
 def _ages(group: dict[str, Any]) -> bool:
-    return bool(group["decay_every"]) or not math.isinf(group["half_life"])
+    return bool(group["decay_every"] or group["half_life"] < math.inf)
 
 
 def _accepted(state: dict[str, Tensor]) -> Float[Tensor, ""]:

@@ -277,25 +277,6 @@ def worst_but_for(ratio: Float[Tensor, "*shape"], share: float, by_row: bool) ->
     return found.view(-1, *[1] * (ratio.dim() - 1)) if by_row else found.reshape(())
 
 
-def adagrad_delta(
-    grad: Float[Tensor, "*shape"], accumulator: Float[Tensor, "*shape"], lr: Float[Tensor, ""], eps: float
-) -> Float[Tensor, "*shape"]:
-    """Return `adagrad_deltas` of one tensor."""
-    return adagrad_deltas([grad], [accumulator], lr, eps)[0]
-
-
-def update_bound(
-    weight: Float[Tensor, "*shape"],
-    accumulator: Float[Tensor, "*shape"],
-    variable_relative: float,
-    accumulator_relative: float,
-    absolute: float,
-    eps: float,
-) -> Float[Tensor, "*shape"]:
-    """Return `update_bounds` of one tensor."""
-    return update_bounds([weight], variable_relative, absolute, accumulator_relative, [accumulator], eps)[0]
-
-
 def clip_factor(delta: Float[Tensor, "*shape"], bound: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Return the largest sigma in [0, 1] that keeps sigma * |delta| within `bound` everywhere.
 

@@ -194,7 +194,7 @@ class LambAdagrad(GuardedOptimizer):
     def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         grad, lr, usable = take_in(grad, state, group, 1.0)  # |g| / sqrt(G) is at most 1: this g is in G
         state[SUM].addcmul_(grad, grad)
-        update = kernels.adagrad_delta(grad, state[SUM], torch.ones_like(lr), group["eps"])
+        update = kernels.adagrad_deltas([grad], [state[SUM]], torch.ones_like(lr), group["eps"])[0]
         _apply_lamb(weight, update, lr, usable, state, group)
 
 
