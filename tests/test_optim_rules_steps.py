@@ -162,6 +162,7 @@ def test_joint_rules_need_nothing_on_the_host(rule: Rule) -> None:
     with forbid_host_sync():
         for _ in range(6):
             optimizer.step()
+    assert all(p.isfinite().all() for p in params)
 
 
 def test_a_saved_rule_overrules_the_options_and_another_is_refused() -> None:

@@ -133,6 +133,7 @@ def test_a_step_needs_no_values_on_the_host(wrap: Any) -> None:
         for _ in range(2):
             weight.grad, bias.grad = torch.empty(4, 3), torch.empty(())
             optimizer.step()
+        assert all(value.shape == () for key, value in optimizer.state[weight].items() if key.endswith("factor"))
 
 
 coordinates = st.floats(-1e3, 1e3).map(lambda x: round(x, 6))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, check_known
 from . import fused, kernels
-from .guarded import BAD_STEPS, GuardedOptimizer, Touched, check_not_negative, parameter_label, wide_dtype
+from .guarded import BAD_STEPS, CHUNK, GuardedOptimizer, Touched, check_not_negative, parameter_label, wide_dtype
 
 CLIP_FACTOR = "clip_factor"
 """State key: sigma of the last step; 0-d, in [0, 1], on the device. 0 if refused, 1 if nothing was clipped; where a
@@ -26,9 +26,6 @@ PRESSURE_STEPS = "pressure_steps"
 Granularity = Literal["tensor", "row", "unit"]
 """What shares one factor: a tensor (the paper), an index of the first dimension (rows of a table), or an output unit
 (an index of the first dimension of a matrix; vectors and scalars have one factor as a whole)."""
-
-CHUNK = 1 << 18
-"""Coordinates worked on at a time on a CPU: what several operations read and write should stay in its cache."""
 
 
 class BoundedOptimizer(GuardedOptimizer):

@@ -20,6 +20,8 @@ SUM = "sum"
 """State key: the accumulator; float32 for bfloat16 and float16 parameters, whose own sums would soon stop growing."""
 BAD_STEPS = "bad_steps"
 """State key: how many of the steps were refused because of the gradient; 0-d, int64, on the parameter's device."""
+CHUNK = 1 << 18
+"""Coordinates worked on at a time on a CPU: what several operations read and write should stay in its cache."""
 
 
 def check_not_negative(option: str, value: float, infinite: bool = False) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 from . import kernels
-from .guarded import STEP, GuardedOptimizer, parameter_label, wide_dtype
+from .guarded import CHUNK, STEP, GuardedOptimizer, parameter_label, wide_dtype
 
 
 @dataclass
@@ -325,14 +325,10 @@ class WrappedOptimizer(Optimizer):
 
     def _shared_state(self) -> dict[str, Any]:
         """Return what is saved beside the states of parameters, under keys that torch does not use."""
-        return {}
+        return {}  # a subclass may have some
 
     def _load_shared_state(self, state_dict: dict[str, Any]) -> None:
         """Load what `_shared_state` gave, if it is there; refuse before anything is changed."""
-
-
-CHUNK = 1 << 18
-"""Coordinates worked on at a time on a CPU: what several operations read and write should stay in its cache."""
 
 
 def split_alike(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
