@@ -31,6 +31,7 @@ _SOURCE = Path(__file__).with_name("fused.c")
 # Without these promises about NaN, signs of zero and traps the compiler would not compute in parallel lanes. Not
 # -ffast-math: it switches a whole process to flushing subnormal numbers, and its fast reciprocals were slower here.
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"]
+_FLAGS += ["-fno-strict-aliasing"]  # the bits of floats are read as integers
 
 
 class Options(ctypes.Structure):
