@@ -46,7 +46,7 @@ def near_path(path: str | Path) -> str:
     return nearest(Path(path).name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
 
 
-def check_known(name: str, known: Iterable[str], what: str, error: type[SteadyRankError] = ConfigError) -> None:
+def check_known(name: object, known: Iterable[str], what: str, error: type[SteadyRankError] = ConfigError) -> None:
     """Raise `error` unless `name` is one of `known`; `what` says what the name stands for.
 
     >>> check_known("cick", ["click", "like"], "task")
@@ -57,4 +57,4 @@ def check_known(name: str, known: Iterable[str], what: str, error: type[SteadyRa
     known = list(known)
     if name not in known:
         shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-        raise error(f"no {what} '{name}'{nearest(name, known)} (there are: {shown})")
+        raise error(f"no {what} '{name}'{nearest(str(name), known)} (there are: {shown})")

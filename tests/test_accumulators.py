@@ -11,13 +11,20 @@ from torch import nn
 from steadyrank.errors import CheckpointError, ConfigError
 from steadyrank.optim import (
     PRESETS,
+    ClipGradients,
     ClippyAdagrad,
     ClippyAdam,
     ClippyAdamW,
+    ClipUpdates,
+    ClipValue,
     Frozen,
+    Lamb,
+    LambAdagrad,
     RowWiseAdagrad,
+    StableAdamW,
     advice,
     find_frozen,
+    read_binding,
     repair_frozen,
     warm_start,
 )
@@ -179,6 +186,108 @@ def test_a_state_of_another_model_or_optimizer_is_refused_by_name() -> None:
         narrow.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="doesn't match the size"):
         fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    weights = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    optimizer = ClippyAdagrad(weights, lr=0.5)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["param_groups"][0]["lr"] = 9.0
+    wrong["state"][0]["sum"] += 1
+    wrong["state"][1]["sum"] = torch.ones(7)
+    with pytest.raises(CheckpointError, match="is of another model"):
+        optimizer.load_state_dict(wrong)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][i]["sum"], before["state"][i]["sum"]) for i in (0, 1))
+    optimizer.step()
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+@pytest.mark.parametrize("make", [ClippyAdagrad, ClippyAdam, RowWiseAdagrad, LambAdagrad, Lamb, StableAdamW])
+@pytest.mark.parametrize("saved", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loaded", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_state_loads_in_another_precision(make: Any, saved: torch.dtype, loaded: torch.dtype) -> None:
+    before, after = TinyProblem(saved), TinyProblem(loaded)
+    first, second = make(before.named_parameters(), lr=0.1), make(after.named_parameters(), lr=0.1)
+    before.backward(0)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    after.backward(1)
+    second.step()
+    assert all(p.isfinite().all() for p in after.parameters())
+    floats = {v.dtype for v in second.state[after.table].values() if v.is_floating_point() and v.dim()}
+    assert floats == {torch.promote_types(loaded, torch.float32)}
+
+
+def test_the_decay_of_adamw_is_taken_over_and_that_of_adam_is_not() -> None:
+    for theirs, expected in ((torch.optim.AdamW, 0.3), (torch.optim.Adam, 0.05)):
+        before = theirs([nn.Parameter(torch.ones(2))], weight_decay=0.3)
+        after = ClippyAdamW([nn.Parameter(torch.ones(2))], weight_decay=0.05)
+        after.load_state_dict(before.state_dict())
+        assert after.param_groups[0]["weight_decay"] == expected
+
+
+def test_helpers_see_through_wrappers() -> None:
+    weight = nn.Parameter(torch.ones(5))
+    inner = torch.optim.Adagrad([("w", weight)], lr=0.5, initial_accumulator_value=0.1)
+    optimizer = ClipGradients(ClipUpdates(inner), ClipValue(100.0))
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    assert find_frozen(optimizer, above=0.0) == [Frozen("w", 5, 5)]
+    warm_start(optimizer, "reset")
+    assert torch.equal(inner.state[weight]["sum"], torch.full((5,), 0.1))
+    told = ClippyAdagrad([("w", weight)], lr=9.0, telemetry=True)
+    wrapped = ClipGradients(told, ClipValue(100.0))
+    wrapped.step()
+    assert [binding.name for binding in read_binding(wrapped)] == ["w"]
+    slow = ClipGradients(ClipUpdates(torch.optim.Adam([weight], lr=1e-4)), ClipValue(1.0))
+    assert [found.kind for found in advice.check(slow)] == ["inert"]
+    slow.step()
+    assert [found.kind for found in advice.check(slow)] == ["inert"]
+
+    class Mine(ClippyAdagrad):
+        """A subclass of a user's own."""
+
+    assert [found.kind for found in advice.check(Mine([weight], lr=0.01))] == ["inert"]
+
+
+def test_wrapping_anew_takes_the_new_options() -> None:
+    inner = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0)
+    ClipUpdates(inner, absolute_threshold=0.01)
+    assert ClipUpdates(inner, absolute_threshold=0.5).param_groups[0]["absolute_threshold"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", None),
+        ("lr", "0.1"),
+        ("eps", None),
+        ("absolute_threshold", None),
+        ("variable_relative_threshold", "0.5"),
+        ("weight_decay", "0.1"),
+        ("quantile", None),
+        ("half_life", "3"),
+        ("calibration_steps", None),
+        ("granularity", None),
+        ("accumulator", 3),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_named(option: str, value: Any) -> None:
+    what = {"granularity": "no granularity", "accumulator": "no accumulator form"}.get(option, f"{option}: expected")
+    with pytest.raises(ConfigError, match=what):
+        ClippyAdagrad([{"params": [nn.Parameter(torch.ones(1))], option: value}])
+
+
+def test_betas_of_the_wrong_type_are_named() -> None:
+    for wrong in (None, 0.9, "ab", (0.9,)):
+        with pytest.raises(ConfigError, match="betas: expected two numbers"):
+            ClippyAdam([{"params": [nn.Parameter(torch.ones(1))], "betas": wrong}])
 
 
 # Advice

@@ -262,18 +262,88 @@ def test_fused_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    broken = tmp_path / "gcc"
-    broken.write_text("#!/bin/sh\necho broken on purpose >&2\nexit 1\n")
+def test_a_compiler_that_fails_is_named_once_and_the_next_one_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken, calls = tmp_path / "gcc", tmp_path / "calls"
+    broken.write_text(f"#!/bin/sh\necho call >> {calls}\necho broken on purpose >&2\nexit 1\n")
     broken.chmod(0o755)
     fused._library.cache_clear()
     monkeypatch.setenv("CC", str(broken))
     try:
-        with pytest.raises(ConfigError, match="gcc failed: broken on purpose; leave fused None"):
+        assert fused.available()  # $CC fails, the machine's own compiler does not
+        fused._library.cache_clear()
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin") if not Path("/bin/cc").exists() else monkeypatch.setenv(
+            "PATH", str(tmp_path)
+        )
+        calls.unlink()
+        for _ in range(3):
+            assert not fused.available()
+        with pytest.raises(ConfigError, match=r"gcc failed: .*; or leave fused None"):
             fused.available(must=True)
-        assert not fused.available()
+        assert calls.read_text().count("call") <= 1
     finally:
         fused._library.cache_clear()
+
+
+@paths
+def test_the_wrong_shape_never_reaches_the_kernel(path: str) -> None:
+    weight = param(torch.ones(4))
+    optimizer = ClippyAdagrad([weight], **PATHS[path])
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    weight.data, weight.grad = torch.ones(100_000), torch.ones(100_000)
+    with pytest.raises((ConfigError, RuntimeError), match=r"fused kernel|size of tensor"):
+        optimizer.step()
+
+
+@paths
+def test_autograd_notices_that_weights_were_changed(path: str) -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer = ClippyAdagrad([*first.parameters(), *second.parameters()], **PATHS[path])
+    loss = second(first(torch.ones(2, 3))).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@paths
+@pytest.mark.parametrize("make", [ClippyAdagrad, ClippyAdam, ClippyAdamW])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["weight", "state"])
+def test_what_is_not_finite_does_not_spread(path: str, make: Any, bad: float, where: str) -> None:
+    weight, other = param(torch.ones(3000)), param(torch.ones(3))
+    optimizer = make([weight, other], lr=0.5, **PATHS[path])
+    for number in range(3):
+        if number == 1:
+            key = "sum" if make is ClippyAdagrad else "exp_avg_sq"
+            target = weight.data if where == "weight" else optimizer.state[weight][key]
+            target[1700] = abs(bad) if where == "state" else bad
+        held = weight.detach().clone()
+        weight.grad, other.grad = torch.ones(3000), torch.ones(3)
+        optimizer.step()
+        if number and bad != bad:
+            assert torch.equal(weight.nan_to_num(7.0), held.nan_to_num(7.0))
+            assert optimizer.state[weight]["clip_factor"] == 0
+        others = torch.arange(3000) != 1700
+        assert weight[others].isfinite().all()
+        assert not weight.isnan().any() or (where == "weight" and bad != bad)
+    assert other.isfinite().all()
+    assert torch.all(other < 1)
+
+
+@paths
+@pytest.mark.parametrize("make", [ClippyAdagrad, ClippyAdam])
+def test_a_huge_rate_with_decay_leaves_numbers(path: str, make: Any) -> None:
+    weight = param([1.0, 1e10, 0.0])
+    optimizer = make([weight], lr=1e30, weight_decay=0.1, **PATHS[path])
+    weight.grad = torch.tensor([0.0, 1e-3, 1e-10])
+    optimizer.step()
+    assert weight.isfinite().all()
+    with pytest.raises(ConfigError, match="lr: expected a number that float32 can hold, came 1e"):
+        make([param([1.0])], lr=1e39)
 
 
 @needs_compiler

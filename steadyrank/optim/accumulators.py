@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError, check_known
 from .clippy import EXP_AVG, EXP_AVG_SQ, ROW_CLOCK
-from .guarded import BAD_STEPS, STEP, SUM, check_not_negative, parameter_label
+from .guarded import BAD_STEPS, STEP, SUM, check_not_negative, innermost, parameter_label
 
 WarmStart = Literal["keep", "reset", "decay"]
 """What happens to accumulators when a trained model goes on learning."""
@@ -113,7 +113,7 @@ def _moves(total: Tensor, above: float) -> Tensor:
 
 def _states(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Give (label, group, state) of each parameter that has a state."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = innermost(optimizer)
     for group in inner.param_groups:
         for index, param in enumerate(group["params"]):
             if inner.state.get(param):

@@ -4,11 +4,14 @@ import math
 import statistics
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import kernels
 from .bounded import CLIP_FACTOR
+from .clippy import ClippyAdagrad, ClippyAdam
+from .guarded import innermost
 
 Kind = Literal["inert", "strangling", "out_of_reach"]
 
@@ -122,12 +125,12 @@ def _check_group(optimizer: Optimizer, group: dict[str, Any], index: int, names:
 
 def _reach(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Return the largest |delta| / lr that the base can give, without its weight decay; infinite where unknown."""
-    base = type(getattr(optimizer, "optimizer", optimizer)).__name__
-    if base == "ClippyAdagrad":
+    base = innermost(optimizer)
+    if isinstance(base, ClippyAdagrad):
         return 1.0 if group["accumulator"] == "standard" else math.inf
-    if base == "Adagrad":
+    if isinstance(base, torch.optim.Adagrad):
         return 1.0
-    if base in ("ClippyAdam", "ClippyAdamW", "Adam", "AdamW"):
+    if isinstance(base, ClippyAdam | torch.optim.Adam):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
     return math.inf
@@ -136,6 +139,7 @@ def _reach(optimizer: Optimizer, group: dict[str, Any]) -> float:
 def _cuts(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Return of each tensor how many times its rate is cut, and lr over the bound of its median coordinate."""
     cuts, typical = [], []
+    states = [optimizer.state, innermost(optimizer).state]
     for param in group["params"]:
         if param.numel() == 0:
             continue
@@ -143,8 +147,7 @@ def _cuts(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[float], lis
         least = bounds.quantile(group.get("quantile", 0.0)).item() if group.get("quantile") else bounds.amin().item()
         lr = float(group["lr"])
         typical.append(lr / max(bounds.median().item(), 1e-300))
-        state = optimizer.state.get(param, {})
-        factor = float(state[CLIP_FACTOR]) if CLIP_FACTOR in state and float(state["step"]) > 0 else None
+        factor = next((float(each[param][CLIP_FACTOR]) for each in states if CLIP_FACTOR in each.get(param, {})), None)
         cuts.append(1.0 / factor if factor else max(1.0, lr / max(least, 1e-300)))
     return cuts, typical
 

@@ -83,10 +83,12 @@ class BoundedOptimizer(GuardedOptimizer):
         check_known(group["granularity"], get_args(Granularity), "granularity")
         check_not_negative("variable_relative_threshold", group["variable_relative_threshold"])
         check_not_negative("absolute_threshold", group["absolute_threshold"], infinite=True)
-        check_not_negative("calibration_steps", float(group["calibration_steps"]))
-        if not 0 <= group["quantile"] < 1:
+        check_not_negative("calibration_steps", group["calibration_steps"])
+        check_not_negative("quantile", group["quantile"])
+        check_not_negative("calibration_headroom", group["calibration_headroom"])
+        if not group["quantile"] < 1:
             raise ConfigError(f"quantile: expected a share of coordinates in [0, 1), came {group['quantile']}")
-        if not 0 < group["calibration_headroom"] < math.inf:
+        if not group["calibration_headroom"] > 0:
             raise ConfigError(f"calibration_headroom: expected above 0, came {group['calibration_headroom']}")
         if group["foreach"] and group["fused"]:
             raise ConfigError("foreach and fused: at most one of them can be True")
@@ -236,7 +238,7 @@ class BoundedOptimizer(GuardedOptimizer):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the whole steps that would be taken unbounded, and their bounds."""
         bounds = self._bounds(touched, _weights(touched), group)
-        if PRESSURE in touched[0].state:
+        if group["calibration_steps"]:
             torch._foreach_mul_(bounds, [self._scale(each, group) for each in touched])
         return self._whole_deltas(touched, grads, usable, group, lr), bounds
 
@@ -258,7 +260,7 @@ class BoundedOptimizer(GuardedOptimizer):
 
     def _positive(self, group: dict[str, Any]) -> bool:
         """Say whether every bound is known to be above 0, and finite."""
-        return bool(0 < group["absolute_threshold"] < math.inf)
+        return bool(torch.finfo(torch.float32).tiny <= group["absolute_threshold"] < math.inf)
 
     def _factors(
         self, touched: list[Touched], ratios: list[Tensor], usable: list[Tensor], group: dict[str, Any]
@@ -307,14 +309,18 @@ class BoundedOptimizer(GuardedOptimizer):
 
         The geometric mean, so that one spike among a hundred steps moves it by a few per cent and not to its own size.
         """
+        if PRESSURE not in each.state:  # it was asked for later
+            return torch.ones_like(each.state[CLIP_FACTOR])
         over = each.state[PRESSURE_STEPS] >= group["calibration_steps"]
         return torch.where(over, group["calibration_headroom"] * each.state[PRESSURE].exp(), 1.0)
 
     def _note_binding(self, each: Touched, ratio: Tensor) -> None:
         """Note which coordinates are above their bound."""
-        if ratio.numel() == 0:
-            return
         ratio = kernels.whole(ratio)
+        if ratio.numel() == 0:
+            each.state[BIND_FRAC].zero_()
+            each.state[BINDING].fill_(-1)
+            return
         exceeding = (ratio > 1).to(each.state[BIND_FRAC].dtype).mean()
         each.state[BIND_FRAC].copy_(exceeding)
         each.state[BINDING].copy_(torch.where(exceeding > 0, ratio.argmax(), -1))
@@ -337,7 +343,8 @@ class BoundedOptimizer(GuardedOptimizer):
         factors: list[Tensor],
         group: dict[str, Any],
     ) -> None:
-        torch._foreach_mul_(deltas, factors)
+        # Selected: where the factor is 0, the step may be infinite.
+        deltas = [torch.where(factor > 0, delta * factor, 0.0) for delta, factor in zip(deltas, factors, strict=True)]
         if group["quantile"]:  # the coordinates that the factor leaves above their bound
             torch._foreach_minimum_(deltas, bounds)
             torch._foreach_maximum_(deltas, torch._foreach_neg(bounds))

@@ -55,6 +55,8 @@ class ClippyAdagrad(BoundedOptimizer):
     Sparse gradients: duplicates of a row are summed, only the touched rows count (for weight decay too), and one sigma
     holds for the whole table, unless `granularity="row"`.
 
+    A NaN among weights or accumulators stops its tensor: sigma is 0. Neither it nor an infinity spreads.
+
     A gradient with a NaN or an infinity, or with a coordinate so large that its square would near the accumulator's
     range (float32: from 1.4e19 on), changes nothing but the counts: weights and accumulator of that tensor stay as they
     were, `state["bad_steps"]` grows, `state["clip_factor"]` is 0.
@@ -84,7 +86,7 @@ class ClippyAdagrad(BoundedOptimizer):
             where you know neither rate nor thresholds.
         calibration_headroom: how far above the typical healthy step the calibrated bound lies, above 0.
         telemetry: also keep `bind_frac` and `binding` in the state (see `read_binding`).
-        half_life: steps in which what the accumulator holds above its initial value fades to a half, above 0; infinite
+        half_life: steps in which the accumulator fades to a half, but never below its initial value; above 0, infinite
             keeps everything, as Adagrad does. For training that goes on for months.
         decay_every: multiply the accumulator by `decay_factor` every so many steps; 0 never does. Instead of half_life.
         decay_factor: in (0, 1].
@@ -137,11 +139,13 @@ class ClippyAdagrad(BoundedOptimizer):
         super()._check_group(group)
         check_known(group["accumulator"], get_args(AccumulatorForm), "accumulator form")
         check_not_negative("accumulator_relative_threshold", group["accumulator_relative_threshold"])
+        check_not_negative("half_life", group["half_life"], infinite=True)
         if not group["half_life"] > 0:
             raise ConfigError(f"half_life: expected steps above 0, or infinity, came {group['half_life']}")
+        check_not_negative("decay_factor", group["decay_factor"])
         if not 0 < group["decay_factor"] <= 1:
             raise ConfigError(f"decay_factor: expected in (0, 1], came {group['decay_factor']}")
-        check_not_negative("decay_every", float(group["decay_every"]))
+        check_not_negative("decay_every", group["decay_every"])
         if group["decay_every"] and not math.isinf(group["half_life"]):
             raise ConfigError("half_life and decay_every: set one of them, not both")
 
@@ -300,6 +304,7 @@ class ClippyAdam(BoundedOptimizer):
 
     row_states: ClassVar[tuple[str, ...]] = (EXP_AVG, EXP_AVG_SQ)
     rests_on_zero: ClassVar[bool] = False
+    decoupled_decay: ClassVar[bool] = True
     shared_options: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "maximize")
 
     def __init__(
@@ -330,8 +335,9 @@ class ClippyAdam(BoundedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         betas = group["betas"]
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"betas: expected two numbers in [0, 1), came {betas}")
+        numbers = isinstance(betas, tuple | list) and all(isinstance(beta, int | float) for beta in betas)
+        if not numbers or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"betas: expected two numbers in [0, 1), came {betas!r}")
 
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         moments = {k: torch.zeros_like(param, dtype=wide_dtype(param.dtype)) for k in (EXP_AVG, EXP_AVG_SQ)}

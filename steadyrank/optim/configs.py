@@ -212,7 +212,7 @@ class ClippyAdagradConfig(_Clippy):
     accumulator: AccumulatorForm = _default(ClippyAdagrad, "accumulator")
     """When the accumulator takes in the gradient: before the step, after it, or after it and clipped like the step."""
     half_life: float | None = Field(default=None, gt=0)
-    """Steps in which what the accumulator holds above its start fades to a half; never when left out."""
+    """Steps in which the accumulator fades to a half, but not below its start; never when left out."""
     decay_every: int = Field(default=_default(ClippyAdagrad, "decay_every"), ge=0)
     """Multiply the accumulator by `decay_factor` every so many steps; 0 for never. Instead of `half_life`."""
     decay_factor: float = Field(default=_default(ClippyAdagrad, "decay_factor"), gt=0, le=1)

@@ -16,7 +16,6 @@
 
 #define CHUNK 1024            /* coordinates: three arrays of it stay in the first-level cache */
 #define BATCH (1 << 21)       /* coordinates of tensors worked on together, so that a gradient read once is still in a cache */
-#define LARGEST 3e38f         /* stands for an infinite ratio: the compiler may assume that there are no infinities */
 #define TINY 1e-37f           /* keeps 0 / 0 out where nothing was accumulated, and divisions by subnormal numbers */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -63,7 +62,7 @@ typedef struct {
 /* Stops at the largest number instead of at infinity. */
 INLINE float total_of(float total, float g) {
     total += g * g;
-    return total < 3.4028234e38f ? total : 3.4028234e38f;
+    return total > 3.4028234e38f ? 3.4028234e38f : total;
 }
 
 /* The step num / den that the base would take for one coordinate. */
@@ -88,15 +87,15 @@ INLINE float limit_of(const Options *o, float w, float den) {
     return (o->relative * fabsf(w) + o->absolute) * den + o->accumulator_relative;
 }
 
-/* A zero step gives 0; a step whose bound is zero, or too small to divide by, LARGEST. */
+/* A zero step gives 0; a step whose bound is zero, or too small to divide by, INFINITY; a NaN stays one. */
 INLINE float ratio_of(float size, float limit) {
-    float ratio = size / (limit > TINY ? limit : TINY);
-    ratio = ratio < LARGEST ? ratio : LARGEST;
-    return limit < TINY && size > 0.0f ? LARGEST : ratio;
+    float ratio = size / (limit < TINY ? TINY : limit);
+    return limit < TINY && size > 0.0f ? INFINITY : ratio;
 }
 
+/* A NaN in weight or accumulator, or a step beyond all numbers, stops its tensor. */
 INLINE float sigma_of(float worst) {
-    return worst > 1.0f ? (worst < LARGEST ? 1.0f / worst : 0.0f) : 1.0f;
+    return worst <= 1.0f ? 1.0f : (worst < INFINITY ? 1.0f / worst : 0.0f);
 }
 
 INLINE void accumulate(const Options *o, int kind, float sigma, float g, float *first, float *second) {
@@ -129,7 +128,7 @@ INLINE int chunk_try(const Options *o, Scale s, int kind, float *restrict w, con
     #pragma omp simd reduction(| : exceeds)
     for (int64_t i = 0; i < n; i++) {
         Step d = step_of(o, s, kind, w[i], g[i], first[i], kind >= ADAM ? second[i] : 0.0f);
-        exceeds |= fabsf(d.num) > limit_of(o, w[i], d.den);
+        exceeds |= !(fabsf(d.num) <= limit_of(o, w[i], d.den)); /* a NaN exceeds too */
         old_w[i] = w[i];
         old_first[i] = first[i];
         if (kind >= ADAM) old_second[i] = second[i];
@@ -145,18 +144,21 @@ INLINE int chunk_try(const Options *o, Scale s, int kind, float *restrict w, con
 
 INLINE float chunk_worst(const Options *o, Scale s, int kind, const float *restrict w, const float *restrict g,
                          const float *restrict first, const float *restrict second, int64_t n, int64_t *exceeding) {
-    float worst = 0.0f;
+    union { uint32_t bits; float number; } worst = {0};
+    uint32_t top = 0;
     int32_t count = 0;
-    #pragma omp simd reduction(max : worst) reduction(+ : count)
+    #pragma omp simd reduction(max : top) reduction(+ : count)
     for (int64_t i = 0; i < n; i++) {
         Step d = step_of(o, s, kind, w[i], g[i], first[i], kind >= ADAM ? second[i] : 0.0f);
         float size = fabsf(d.num), limit = limit_of(o, w[i], d.den);
         float ratio = ratio_of(size, limit);
-        count += ratio > 1.0f;
-        worst = ratio > worst ? ratio : worst;
+        union { float number; uint32_t bits; } as = {ratio};
+        count += !(ratio <= 1.0f);
+        top = as.bits > top ? as.bits : top; /* in the order of the ratios, which are not negative; a NaN above all */
     }
     *exceeding = count;
-    return worst;
+    worst.bits = top & 0x7fffffffu;
+    return worst.number;
 }
 
 INLINE void chunk_apply(const Options *o, Scale s, int kind, float sigma, float *restrict w, const float *restrict g,
@@ -165,7 +167,7 @@ INLINE void chunk_apply(const Options *o, Scale s, int kind, float sigma, float 
     for (int64_t i = 0; i < n; i++) {
         Step d = step_of(o, s, kind, w[i], g[i], first[i], kind >= ADAM ? second[i] : 0.0f);
         accumulate(o, kind, sigma, g[i], first + i, second + i);
-        w[i] -= sigma * d.num / d.den;
+        w[i] = sigma > 0.0f ? w[i] - sigma * d.num / d.den : w[i]; /* selected: 0 * infinity is NaN */
     }
 }
 
@@ -189,7 +191,7 @@ static int64_t chunk_binding(const Options *o, Scale s, const Tensor *t, const C
         Step d = step_of(o, s, o->kind, t->weight[i], t->grad[i], t->first[i], o->kind >= ADAM ? t->second[i] : 0.0f);
         float size = fabsf(d.num), limit = limit_of(o, t->weight[i], d.den);
         float ratio = ratio_of(size, limit);
-        if (ratio > worst) { worst = ratio; found = i; }
+        if (!isnan(worst) && !(ratio <= worst)) { worst = ratio; found = i; }
     }
     return found;
 }
@@ -285,8 +287,8 @@ static void run_batch(const Options *o, const Tensor *tensors, Found *found, Chu
         Found *f = found + chunks[k].tensor;
         if (f->refused) continue;
         f->exceeding += chunks[k].exceeding;
-        if (chunks[k].worst > f->worst || f->worst_chunk < 0) { f->worst = chunks[k].worst; f->worst_chunk = k; }
-        again |= f->careful || f->worst > 1.0f || !chunks[k].applied;
+        if (f->worst_chunk < 0 || (!isnan(f->worst) && !(chunks[k].worst <= f->worst))) { f->worst = chunks[k].worst; f->worst_chunk = k; }
+        again |= f->careful || !(f->worst <= 1.0f) || !chunks[k].applied;
     }
     for (k = 0; k < count; k++)
         if (k == 0 || chunks[k].tensor != chunks[k - 1].tensor)

@@ -28,10 +28,15 @@ ADAM = 3
 ADAM_CLIPPED = 4
 
 _SOURCE = Path(__file__).with_name("fused.c")
-# Without these promises about NaN, signs of zero and traps the compiler would not compute in parallel lanes. Not
-# -ffast-math: it switches a whole process to flushing subnormal numbers, and its fast reciprocals were slower here.
-_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"]
-_FLAGS += ["-fno-strict-aliasing"]  # the bits of floats are read as integers
+# Without the promises about errno and traps the compiler would not compute in parallel lanes. Not -ffast-math: it
+# switches a whole process to flushing subnormal numbers, takes NaN for impossible, and its reciprocals were slower.
+# The bits of floats are read as integers, hence no strict aliasing.
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
+# The states that have one number for each tensor.
+_SCALARS = (
+    *((BAD_STEPS, torch.int64), (STEP, torch.float32), ("clip_factor", torch.float32)),
+    *(("bind_frac", torch.float32), ("binding", torch.int64)),
+)
 
 
 class Options(ctypes.Structure):
@@ -52,37 +57,42 @@ class Options(ctypes.Structure):
 
 
 def available(must: bool = False) -> bool:
-    """Say whether the C kernel can be used here; it is built by the first call.
+    """Say whether the C kernel can be used here; it is built by the first call, and a failure is remembered.
 
     Raises:
         ConfigError: it cannot, and `must` is set.
     """
-    try:
-        _library()
-    except ConfigError:
-        if must:
-            raise
-        return False
-    return True
+    found = _library()
+    if isinstance(found, ConfigError) and must:
+        raise found
+    return not isinstance(found, ConfigError)
 
 
 def takes(each: Touched, row_states: Sequence[str]) -> bool:
-    """Say whether the C kernel takes this parameter: float32, contiguous, on the CPU, and plain tensors only."""
-    state = each.state
+    """Say whether the C kernel takes this parameter: float32, contiguous, on the CPU, and plain tensors only.
+
+    It writes through pointers, so nothing is taken for granted: a state may come from elsewhere, or weights may have
+    been given another shape.
+    """
+    state, shape = each.state, each.weight.shape
     for x in (each.weight, each.grad, *[state[key] for key in row_states if key in state]):
         plain = type(x) is Tensor or type(x) is nn.Parameter
-        if not (plain and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous()):
+        if not (plain and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and x.shape == shape):
             return False
-    return True
+        if x.is_neg() or x._is_zerotensor():  # not yet what lies in memory
+            return False
+    return all(state[key].dtype is dtype and state[key].is_cpu for key, dtype in _SCALARS if key in state)
 
 
 def step(touched: Sequence[Touched], row_states: Sequence[str], options: Options) -> None:
     """Step float32 tensors on the CPU in place, as `BoundedOptimizer` does; counts and factors go into their states."""
     rows = []
+    written: list[Tensor] = []
     for each in touched:
         state = each.state
-        moments = [state[key].data_ptr() for key in row_states if key in state]
-        first, second = (*moments, 0)[:2]
+        moments = [state[key] for key in row_states if key in state]
+        written += [each.weight, *moments]
+        first, second = (*[moment.data_ptr() for moment in moments], 0)[:2]
         telemetry = (state["bind_frac"].data_ptr(), state["binding"].data_ptr()) if "binding" in state else (0, 0)
         rows.append(
             (
@@ -95,6 +105,7 @@ def step(touched: Sequence[Touched], row_states: Sequence[str], options: Options
     code = _library()(ctypes.byref(options), table.ctypes.data, len(rows), torch.get_num_threads())
     if code:
         raise MemoryError("no memory for the bookkeeping of an optimizer step; nothing was changed")
+    torch.autograd.graph.increment_version(written)  # so that autograd notices, as it does after torch's own
 
 
 @functools.lru_cache(maxsize=8)
@@ -105,37 +116,36 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _library() -> Any:
-    """Build the C kernel, or find it built, and return its function.
-
-    Raises:
-        ConfigError: there is no compiler, or it failed.
-    """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "cc"))), None)
-    if compiler is None:
-        raise ConfigError("fused: there is no C compiler here (gcc, cc or $CC); install one or leave fused None")
+    """Build the C kernel and return its function, or the ConfigError that says why there is none."""
     if platform.system() == "Windows":
-        raise ConfigError("fused: the C kernel is not built on Windows; leave fused None")
-    try:
+        return ConfigError("fused: the C kernel is not built on Windows; leave fused None")
+    named = [os.environ.get("CC"), "gcc", "cc"]
+    compilers = list(dict.fromkeys(found for name in named if name and (found := shutil.which(name))))
+    failure = "there is no C compiler here (gcc, cc or $CC); install one"
+    for compiler in compilers:
         with tempfile.TemporaryDirectory() as folder:
-            function = ctypes.CDLL(str(_built(compiler, Path(folder)))).steadyrank_clippy_step
-    except OSError as error:
-        raise ConfigError(f"fused: the C kernel cannot be loaded: {error}; leave fused None") from error
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function
+            library = Path(folder) / "fused.so"
+            done = subprocess.run(_command(compiler, library), capture_output=True, text=True, check=False)
+            if done.returncode:
+                failure = f"{compiler} failed: {done.stderr.strip()[:500]}"
+                continue
+            try:
+                function = ctypes.CDLL(str(library)).steadyrank_clippy_step
+            except OSError as error:
+                failure = f"the C kernel cannot be loaded: {error}"
+                continue
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        function.restype = ctypes.c_int
+        return function
+    return ConfigError(f"fused: {failure}; or leave fused None")
 
 
-def _built(compiler: str, folder: Path) -> Path:
-    """Compile fused.c into `folder` and return the library.
+def _command(compiler: str, library: Path) -> list[str]:
+    """Return how fused.c is compiled.
 
-    It is built anew for each process: a second costs less than a cache that another user of the machine could write.
+    It is built anew for each process: half a second costs less than a cache that somebody else could write.
     """
-    library = folder / "fused.so"
-    command = [compiler, *_FLAGS, "-fopenmp", "-fPIC", "-shared", str(_SOURCE), "-o", str(library), *_openmp(), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"fused: {compiler} failed: {done.stderr.strip()[:500]}; leave fused None")
-    return library
+    return [compiler, *_FLAGS, "-fopenmp", "-fPIC", "-shared", str(_SOURCE), "-o", str(library), *_openmp(), "-lm"]
 
 
 def _openmp() -> list[str]:

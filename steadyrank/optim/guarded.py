@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar, overload
 
 import torch
@@ -24,16 +23,25 @@ CHUNK = 1 << 18
 """Coordinates worked on at a time on a CPU: what several operations read and write should stay in its cache."""
 
 
-def check_not_negative(option: str, value: float, infinite: bool = False) -> None:
-    """Raise ConfigError unless `value` is 0 or more, and finite unless `infinite` is allowed.
+def check_not_negative(option: str, value: Any, infinite: bool = False) -> None:
+    """Raise ConfigError unless `value` is a number, 0 or more, and finite unless `infinite` is allowed.
 
     >>> check_not_negative("eps", -1.0)
     Traceback (most recent call last):
     ...
     steadyrank.errors.ConfigError: eps: expected a finite number, 0 or more, came -1.0
     """
-    if not value >= 0 or (math.isinf(value) and not infinite):
-        raise ConfigError(f"{option}: expected a {'' if infinite else 'finite '}number, 0 or more, came {value}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not value >= 0 or (math.isinf(value) and not infinite):
+        shown = value if number else repr(value)
+        raise ConfigError(f"{option}: expected a {'' if infinite else 'finite '}number, 0 or more, came {shown}")
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that others are wrapped around; of a plain one, itself."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # looked up in the line above
+    return optimizer
 
 
 def parameter_label(group: dict[str, Any], index: int) -> str:
@@ -72,6 +80,8 @@ class GuardedOptimizer(Optimizer):
     """A group's key by which a saved state is known to be of this class; without it only `shared_options` are taken."""
     shared_options: ClassVar[tuple[str, ...]] = ("lr", "maximize", "initial_accumulator_value")
     """Options that mean the same in the torch optimizer of which a saved state may come."""
+    decoupled_decay: ClassVar[bool] = False
+    """Whether the weight decay is that of `torch.optim.AdamW`."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, and refuse options and parameters that cannot work.
@@ -128,24 +138,27 @@ class GuardedOptimizer(Optimizer):
         Raises:
             CheckpointError: the state is of another model or of another optimizer; the parameter is named.
         """
-        loaded: dict[str, Any] = {}
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        ready: list[tuple[Tensor, dict[str, Any]]] = []
 
-        def remember(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(final)
-            return {**final, "param_groups": self._with_own_options(final["param_groups"], options)}
+        def prepare(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            # All of it before torch changes anything: what is refused leaves the optimizer as it was.
+            own = self.param_groups
+            groups = self._with_own_options(final["param_groups"], own)
+            if [len(group["params"]) for group in groups] == [len(group["params"]) for group in own]:
+                for saved, group in zip(groups, own, strict=True):
+                    named = {**saved, "params": group["params"]}
+                    for index, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                        if final["state"].get(key):
+                            ready.append((param, self._restored(param, index, named, final["state"][key])))
+            return {**final, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
-            saved = list(chain.from_iterable(group["params"] for group in loaded["param_groups"]))
-            for group in self.param_groups:
-                for index, param in enumerate(group["params"]):
-                    given = loaded["state"].get(saved.pop(0), {})
-                    if given:
-                        self.state[param] = self._restored(param, index, group, given)
+            for param, state in ready:
+                self.state[param] = state
 
         # Hooks, so that ours sees what the user's own hooks made of the state, and theirs sees ours.
         handles = (
-            self.register_load_state_dict_pre_hook(remember),
+            self.register_load_state_dict_pre_hook(prepare),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         )
         try:
@@ -161,7 +174,9 @@ class GuardedOptimizer(Optimizer):
         taken = []
         for theirs, ours in zip(saved, own, strict=True):
             foreign = bool(self.own_option) and self.own_option not in theirs
-            keep = {"params", "param_names", *self.shared_options} if foreign else theirs.keys()
+            keep = {"params", "param_names", *self.shared_options} if foreign else set(theirs)
+            if foreign and self.decoupled_decay and theirs.get("decoupled_weight_decay"):
+                keep.add("weight_decay")
             taken.append({**ours, **{k: v for k, v in theirs.items() if k in keep}})
         return taken
 
@@ -184,17 +199,19 @@ class GuardedOptimizer(Optimizer):
             if key == STEP:
                 state[key] = value.to("cpu", torch.float32)
             else:
-                dtype = wide_dtype(value.dtype) if value.is_floating_point() else value.dtype
-                state[key] = value.to(param.device, dtype)
+                state[key] = value.to(param.device, fresh[key].dtype if key in fresh else value.dtype)
         return state
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ConfigError(f"lr: expected a number or a tensor of one element, came shape {tuple(lr.shape)}")
-        for option in ("lr", "initial_accumulator_value", "eps", "weight_decay"):
+        check_not_negative("lr", float(lr) if isinstance(lr, Tensor) else lr)
+        if lr > torch.finfo(torch.float32).max:
+            raise ConfigError(f"lr: expected a number that float32 can hold, came {lr}")
+        for option in ("initial_accumulator_value", "eps", "weight_decay"):
             if option in group:
-                check_not_negative(option, float(group[option]))
+                check_not_negative(option, group[option])
         if group.get("initial_accumulator_value", 1) + group["eps"] == 0:
             raise ConfigError("initial_accumulator_value and eps: one must be above 0, or the first step is 0 / 0")
         for index, param in enumerate(group["params"]):

@@ -46,7 +46,8 @@ def is_usable(
     >>> [bool(is_usable(g, torch.ones(2), torch.tensor(0.1), 1e-7)) for g in (big, big / 100, big * torch.nan)]
     [False, True, False]
     """
-    norm = whole(torch.linalg.vector_norm(grad, dtype=accumulator.dtype))
+    dtype = torch.promote_types(grad.dtype, accumulator.dtype)
+    norm = whole(torch.linalg.vector_norm(grad, dtype=dtype))
     return torch.isfinite(whole(accumulator.sum()) + norm.square()) & torch.isfinite(norm * lr / math.sqrt(floor))
 
 

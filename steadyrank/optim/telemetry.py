@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bounded import BIND_FRAC, BINDING, CLIP_FACTOR
-from .guarded import parameter_label
+from .guarded import innermost, parameter_label
 
 
 class Binding(NamedTuple):
@@ -37,6 +37,7 @@ def read_binding(optimizer: Optimizer) -> list[Binding]:
     ('table', 0.051, 0.333, (1, 1))
     """
     held: list[tuple[str, Tensor, Tensor]] = []
+    optimizer = innermost(optimizer)
     for group in optimizer.param_groups:
         for index, param in enumerate(group["params"]):
             state = optimizer.state.get(param, {})

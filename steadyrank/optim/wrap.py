@@ -316,7 +316,9 @@ class ClipGradients(WrappedOptimizer):
                 old.index_copy_(0, held.rows, torch.where(ok, value, old.index_select(0, held.rows)))
 
     def _write_grad(self, held: Held, values: Tensor) -> None:
-        if held.rows is None:
+        if held.rows is None and 0 in held.grad.stride():
+            held.param.grad = values.to(held.grad.dtype)  # an expanded gradient cannot be written to
+        elif held.rows is None:
             held.grad.copy_(values)
         else:
             held.param.grad = held.as_grad(values.to(held.grad.dtype))
@@ -338,5 +340,5 @@ class ClipGradients(WrappedOptimizer):
         for option in saved["options"]:
             check_known(option, [each.name for each in fields(self.rule)], f"option of {name}", CheckpointError)
         self.rule = replace(self.rule, **saved["options"])
-        device = self.param_groups[0]["params"][0].device
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         self.shared = {key: value.clone().to(device) for key, value in saved["state"].items()}

@@ -101,6 +101,8 @@ class WrappedOptimizer(Optimizer):
         self.optimizer = optimizer
         self._check_inner()
         for group in optimizer.param_groups:
+            if len(self.own_options) > 1 and all(option in group for option in self.own_options):
+                group.update(options)  # left there by an earlier wrapper: a group of its own sets some of them
             self._check_group({**options, **group})
         # What torch does when it restores an optimizer: it makes the hooks and asks for no parameters.
         self.__setstate__({"state": defaultdict(dict), "defaults": {**optimizer.defaults, **options}})
