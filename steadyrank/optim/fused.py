@@ -32,11 +32,6 @@ _SOURCE = Path(__file__).with_name("fused.c")
 # switches a whole process to flushing subnormal numbers, takes NaN for impossible, and its reciprocals were slower.
 # The bits of floats are read as integers, hence no strict aliasing.
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
-# The states that have one number for each tensor.
-_SCALARS = (
-    *((BAD_STEPS, torch.int64), (STEP, torch.float32), ("clip_factor", torch.float32)),
-    *(("bind_frac", torch.float32), ("binding", torch.int64)),
-)
 
 
 class Options(ctypes.Structure):
@@ -71,17 +66,15 @@ def available(must: bool = False) -> bool:
 def takes(each: Touched, row_states: Sequence[str]) -> bool:
     """Say whether the C kernel takes this parameter: float32, contiguous, on the CPU, and plain tensors only.
 
-    It writes through pointers, so nothing is taken for granted: a state may come from elsewhere, or weights may have
-    been given another shape.
+    It writes through pointers, hence the shapes: weights may have been given another one since their state was made.
+    (A state that is loaded gets the dtypes of a fresh one.)
     """
     state, shape = each.state, each.weight.shape
     for x in (each.weight, each.grad, *[state[key] for key in row_states if key in state]):
         plain = type(x) is Tensor or type(x) is nn.Parameter
         if not (plain and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and x.shape == shape):
             return False
-        if x.is_neg() or x._is_zerotensor():  # not yet what lies in memory
-            return False
-    return all(state[key].dtype is dtype and state[key].is_cpu for key, dtype in _SCALARS if key in state)
+    return not (each.grad.is_neg() or each.grad._is_zerotensor())  # whose memory does not hold its values yet
 
 
 def step(touched: Sequence[Touched], row_states: Sequence[str], options: Options) -> None:
