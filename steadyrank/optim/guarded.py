@@ -131,7 +131,8 @@ class GuardedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, and besides:
 
-        - keep each state's dtype, but at least float32: torch would cast a float32 accumulator to bfloat16;
+        - give each state the dtype of a fresh one: torch would cast a float32 accumulator to bfloat16;
+        - refuse before anything is changed;
         - take the state of the torch optimizer of the same kind; what it does not have starts fresh, and of its
           options only those are taken that mean the same here.
 
