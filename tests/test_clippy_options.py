@@ -321,6 +321,17 @@ def test_what_binds_is_named(path: dict[str, Any]) -> None:
     assert (third.name, third.place, third.bind_frac, third.clip_factor) == ("quiet", None, 0.0, 1.0)
 
 
+def test_telemetry_of_a_step_without_rows_is_of_that_step() -> None:
+    for path in ({}, {"fused": False}, {"granularity": "row"}):
+        table = param(torch.ones(5, 2))
+        optimizer = ClippyAdagrad([("table", table)], lr=9.0, telemetry=True, **path)
+        for rows in ([3], []):
+            table.grad = rows_gradient(rows, torch.ones(len(rows), 2), table)
+            optimizer.step()
+        [binding] = read_binding(optimizer)
+        assert (binding.clip_factor, binding.bind_frac, binding.place) == (1.0, 0.0, None)
+
+
 def test_telemetry_costs_no_state_unless_it_is_asked_for() -> None:
     weight = param([1.0])
     optimizer = ClippyAdagrad([weight])

@@ -298,6 +298,26 @@ def test_the_wrong_shape_never_reaches_the_kernel(path: str) -> None:
         optimizer.step()
 
 
+def test_a_gradient_whose_memory_is_not_its_values_is_left_to_torch() -> None:
+    negated, zero = param([1.0, 1.0]), param([1.0, 1.0])
+    negated.grad, zero.grad = torch._neg_view(torch.ones(2)), torch._efficientzerotensor(2)
+    ClippyAdagrad([negated, zero]).step()
+    assert torch.all(negated > 1)
+    assert torch.equal(zero, torch.ones(2))
+
+
+def test_dtypes_step_in_the_order_of_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Processes that hold shards have to ask each other in the same order; a set's differs from process to process.
+    kinds = [torch.float64, torch.bfloat16, torch.float16, torch.float32]
+    weights = [param([1.0], kind) for kind in kinds]
+    optimizer, seen = ClippyAdagrad(weights, fused=False), []
+    monkeypatch.setattr(optimizer, "_step_lists", lambda touched, _: seen.append(touched[0].weight.dtype))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert seen == kinds
+
+
 @paths
 def test_autograd_notices_that_weights_were_changed(path: str) -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)

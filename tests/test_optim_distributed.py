@@ -44,7 +44,7 @@ def test_shards_take_the_step_of_the_whole(found: dict[str, Any]) -> None:
     for name, case in cases.items():
         assert case["gap"] <= 1e-6, f"{name}: {case['gap']}"
         # A NaN in one process's shard is refused by both.
-        assert case["bad"] == [1, 1, 1], name
+        assert case["bad"] == [1, 1, 1, 1], name
         one, many = case["factors"]
         assert many == pytest.approx(one, rel=1e-6), name
     assert min(cases["shards_0/adagrad"]["factors"][0]) < 0.9

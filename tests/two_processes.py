@@ -66,7 +66,7 @@ def difference(one: list[nn.Parameter], many: list[nn.Parameter]) -> float:
 def shards(make: Callable[[Any], torch.optim.Optimizer], mesh: DeviceMesh, dim: int) -> dict[str, Any]:
     """DTensor parameters of uneven, single and scalar-like shapes; a spike, and a NaN in one shard only."""
     torch.manual_seed(0)
-    start = [torch.randn(5, 3), torch.randn(1, 4), torch.randn(7)]
+    start = [torch.randn(5, 3), torch.randn(1, 4), torch.randn(7), torch.randn(3, 2).double()]
     one = [nn.Parameter(w.clone()) for w in start]
     many = [nn.Parameter(distribute_tensor(w.clone(), mesh, [Shard(min(dim, w.dim() - 1))])) for w in start]
     made = make(one), make(many)

@@ -107,7 +107,8 @@ class BoundedOptimizer(GuardedOptimizer):
         rest = touched
         if group["fused"] is not False and not torch.compiler.is_compiling():
             rest = self._step_fused(touched, group)
-        for kind in {(each.weight.device, each.weight.dtype) for each in rest}:
+        # In the order of the parameters, not of a set: with shards, all processes have to go through them alike.
+        for kind in dict.fromkeys((each.weight.device, each.weight.dtype) for each in rest):
             alike = [each for each in rest if (each.weight.device, each.weight.dtype) == kind]
             if group["fused"] and kind[0].type != "cpu" and not torch.compiler.is_compiling():
                 fused.compiled(type(self)._step_lists)(self, alike, group)
@@ -190,7 +191,7 @@ class BoundedOptimizer(GuardedOptimizer):
         grads = self._grads(touched, usable, group)
         self._before(touched, grads, usable, group)
         deltas, bounds = self._propose(touched, grads, usable, group, lr)
-        ratios = kernels.bound_ratios(deltas, bounds, self._positive(group))
+        ratios = kernels.bound_ratios(deltas, bounds, kernels.surely_positive(group["absolute_threshold"]))
         factors = self._factors(touched, ratios, usable, group)
         self._apply(touched, deltas, bounds, factors, group)
         self._after(touched, grads, factors, usable, group)
@@ -210,11 +211,14 @@ class BoundedOptimizer(GuardedOptimizer):
             for i, (w, g) in enumerate(parts)
         ]
         worst = []
+        positive = kernels.surely_positive(group["absolute_threshold"])
         for chunk in chunks:
             grads = self._grads(chunk, usable, group)
             self._before(chunk, grads, usable, group)
             deltas, bounds = self._propose(chunk, grads, usable, group, lr)
-            worst.append(kernels.bound_ratios(deltas, bounds, self._positive(group))[0].amax())
+            worst.append(
+                kernels.bound_ratios(deltas, bounds, kernels.surely_positive(group["absolute_threshold"]))[0].amax()
+            )
         factors = self._factors([each], [torch.stack(worst)], usable, group)
         for chunk in chunks:
             grads = self._grads(chunk, usable, group)
@@ -258,10 +262,6 @@ class BoundedOptimizer(GuardedOptimizer):
             deltas = [kernels.keep_where(ok, delta) for ok, delta in zip(usable, deltas, strict=True)]
         return deltas
 
-    def _positive(self, group: dict[str, Any]) -> bool:
-        """Say whether every bound is known to be above 0, and finite."""
-        return bool(torch.finfo(torch.float32).tiny <= group["absolute_threshold"] < math.inf)
-
     def _factors(
         self, touched: list[Touched], ratios: list[Tensor], usable: list[Tensor], group: dict[str, Any]
     ) -> list[Tensor]:
@@ -286,11 +286,11 @@ class BoundedOptimizer(GuardedOptimizer):
         return factors
 
     def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
-        by_row = ratio.dim() > {"tensor": math.inf, "row": 0, "unit": 1}[group["granularity"]]
-        if group["quantile"]:
-            gathered = ratio if by_row else kernels.whole(ratio)  # the k-th largest of shards is not that of the whole
-            return kernels.worst_but_for(gathered, group["quantile"], by_row)
-        return kernels.worst_by_row(ratio) if by_row else kernels.largest([ratio])[0]
+        if not group["quantile"]:
+            return worst_of(ratio, group["granularity"])
+        by_row = has_rows(ratio, group["granularity"])
+        gathered = ratio if by_row else kernels.whole(ratio)  # the k-th largest of shards is not that of the whole
+        return kernels.worst_but_for(gathered, group["quantile"], by_row)
 
     def _calibrate(
         self, each: Touched, worst: Float[Tensor, ""], usable: Bool[Tensor, ""], group: dict[str, Any]
@@ -349,6 +349,16 @@ class BoundedOptimizer(GuardedOptimizer):
             torch._foreach_minimum_(deltas, bounds)
             torch._foreach_maximum_(deltas, torch._foreach_neg(bounds))
         torch._foreach_sub_([each.weight for each in touched], deltas)
+
+
+def has_rows(x: Tensor, granularity: str) -> bool:
+    """Say whether a tensor has a factor for each index of its first dimension, and not one for all."""
+    return bool(x.dim() > {"tensor": math.inf, "row": 0, "unit": 1}[granularity])
+
+
+def worst_of(ratio: Tensor, granularity: str) -> Tensor:
+    """Return the largest ratio of what shares a factor: 0-d, or one for each row in a shape that broadcasts."""
+    return kernels.worst_by_row(ratio) if has_rows(ratio, granularity) else kernels.largest([ratio])[0]
 
 
 def _weights(touched: list[Touched]) -> list[Tensor]:

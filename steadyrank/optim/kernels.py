@@ -85,7 +85,8 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
         sizes = iter(torch._foreach_norm(filled, ord=math.inf) if filled else ())
     found = torch.stack([next(sizes) if x.numel() else x.new_zeros(()) for x in plain])
     found = found.nan_to_num(nan=math.inf, posinf=math.inf)  # some collectives' maximum loses a NaN
-    meshes = {x.device_mesh for x in xs if hasattr(x, "device_mesh")}
+    # In the order of the tensors: every process has to reduce over the same mesh at the same time.
+    meshes = list(dict.fromkeys(x.device_mesh for x in xs if hasattr(x, "device_mesh")))
     if not meshes:
         return found
     from torch.distributed.tensor import DTensor, Partial  # heavy, and loaded already by whoever made the shards
@@ -93,8 +94,8 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
     for mesh in meshes:
         # The largest of a replicated tensor over its copies is its own: the same reduction serves every placement.
         over_shards = DTensor.from_local(found, mesh, [Partial("max")] * mesh.ndim).full_tensor()
-        mine = torch.tensor([getattr(x, "device_mesh", None) == mesh for x in xs], device=found.device)
-        found = torch.where(mine, over_shards, found)
+        here = [getattr(x, "device_mesh", None) == mesh for x in xs]
+        found = torch.stack([(over_shards if mine else found)[i] for i, mine in enumerate(here)])
     return found
 
 
@@ -213,6 +214,15 @@ def update_bounds(
         torch._foreach_add_(bounds, roots, alpha=accumulator_relative)
     torch._foreach_add_(bounds, absolute)
     return bounds
+
+
+def surely_positive(absolute: float) -> bool:
+    """Say whether every bound with this absolute threshold is above 0 in float32 too, and finite.
+
+    >>> surely_positive(0.01), surely_positive(0.0), surely_positive(1e-46), surely_positive(math.inf)
+    (True, False, False, False)
+    """
+    return torch.finfo(torch.float32).tiny <= absolute < math.inf
 
 
 def bound_ratios(deltas: Tensors, bounds: Tensors, positive: bool) -> list[Tensor]:

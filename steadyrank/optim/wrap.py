@@ -1,6 +1,5 @@
 """Steadiness for any torch optimizer: bound its updates as Clippy does, or clip its gradients by a rule."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, ConfigError, check_known
 from . import kernels
-from .bounded import CLIP_FACTOR, BoundedOptimizer, Granularity
+from .bounded import CLIP_FACTOR, BoundedOptimizer, Granularity, worst_of
 from .guarded import BAD_STEPS, GuardedOptimizer, check_not_negative, wide_dtype
 from .rules import Gradient, Rule, row_counts
 from .wrapped import Held, WrappedOptimizer, split_alike, usable_norms
@@ -174,12 +173,11 @@ def _measure(pieces: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> list
     deltas = list(torch._foreach_sub(olds, [new.to(old.dtype) for old, new in pieces]))
     relative, absolute = group["variable_relative_threshold"], group["absolute_threshold"]
     bounds = kernels.update_bounds(olds, relative, absolute, 0.0, [], 0.0)
-    ratios = kernels.bound_ratios(deltas, bounds, absolute > 0 and not math.isinf(absolute))
+    ratios = kernels.bound_ratios(deltas, bounds, kernels.surely_positive(absolute))
     if group["granularity"] == "tensor":
         worst = list(kernels.largest(ratios).unbind())
     else:
-        least = 1 if group["granularity"] == "row" else 2  # dimensions from which on a tensor has several factors
-        worst = [kernels.worst_by_row(x) if x.dim() >= least else kernels.largest([x])[0] for x in ratios]
+        worst = [worst_of(ratio, group["granularity"]) for ratio in ratios]
     return list(zip(kernels.largest(deltas).unbind(), worst, strict=True))
 
 

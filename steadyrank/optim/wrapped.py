@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 from . import kernels
-from .guarded import CHUNK, STEP, GuardedOptimizer, parameter_label, wide_dtype
+from .guarded import CHUNK, STEP, GuardedOptimizer, innermost, parameter_label, wide_dtype
 
 
 @dataclass
@@ -157,7 +157,7 @@ class WrappedOptimizer(Optimizer):
     @property
     def innermost(self) -> Optimizer:
         """The optimizer that is inside all wrappers."""
-        return list(self._inner_ones())[-1]
+        return innermost(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer, with the wrapper's options in it.
