@@ -216,9 +216,7 @@ class BoundedOptimizer(GuardedOptimizer):
             grads = self._grads(chunk, usable, group)
             self._before(chunk, grads, usable, group)
             deltas, bounds = self._propose(chunk, grads, usable, group, lr)
-            worst.append(
-                kernels.bound_ratios(deltas, bounds, kernels.surely_positive(group["absolute_threshold"]))[0].amax()
-            )
+            worst.append(kernels.bound_ratios(deltas, bounds, positive)[0].amax())
         factors = self._factors([each], [torch.stack(worst)], usable, group)
         for chunk in chunks:
             grads = self._grads(chunk, usable, group)

@@ -356,7 +356,9 @@ class ClippyAdam(BoundedOptimizer):
     def _deltas(
         self, touched: list[Touched], grads: list[Tensor], group: dict[str, Any], lr: Float[Tensor, ""]
     ) -> list[Tensor]:
-        means, squares = self._moments(touched, grads, group) if group["clip_moments"] else _moments_of(touched)
+        means, squares = _moments_of(touched)
+        if group["clip_moments"]:  # they take in the gradient after the step, scaled
+            means, squares = kernels.adam_moments(means, squares, grads, group["betas"])
         # At least 1, for a refused first step: its delta is zero, and must not be 0 / 0.
         steps = [_accepted(each.state).to(lr.device, lr.dtype).clamp(min=1) for each in touched]
         return kernels.adam_deltas(means, squares, steps, lr, group["betas"], group["eps"])
@@ -372,22 +374,12 @@ class ClippyAdam(BoundedOptimizer):
         if group["clip_moments"]:
             self._take_in(touched, list(torch._foreach_mul(grads, factors)), usable, group)
 
-    def _moments(
-        self, touched: list[Touched], grads: list[Tensor], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the moments after these gradients."""
-        means, squares = _moments_of(touched)
-        beta1, beta2 = group["betas"]
-        means = list(torch._foreach_lerp(means, grads, 1 - beta1))
-        squares = list(torch._foreach_mul(squares, beta2))
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        return means, squares
-
     def _take_in(
         self, touched: list[Touched], grads: list[Tensor], usable: list[Tensor], group: dict[str, Any]
     ) -> None:
         """Let the moments take in gradients, where they are usable: a zero in its place would still make them decay."""
-        for each, ok, mean, square in zip(touched, usable, *self._moments(touched, grads, group), strict=True):
+        new = kernels.adam_moments(*_moments_of(touched), grads, group["betas"])
+        for each, ok, mean, square in zip(touched, usable, *new, strict=True):
             each.state[EXP_AVG].copy_(torch.where(ok, mean, each.state[EXP_AVG]))
             each.state[EXP_AVG_SQ].copy_(torch.where(ok, square, each.state[EXP_AVG_SQ]))
 

@@ -170,6 +170,20 @@ def debias(beta: float, step: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return -torch.expm1(step * math.log(beta)) if beta > 0 else torch.ones_like(step)
 
 
+def adam_moments(
+    means: Tensors, squares: Tensors, grads: Tensors, betas: tuple[float, float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return Adam's moments after one more gradient: m + (1 - b1) * (g - m), and b2 * v + (1 - b2) * g^2.
+
+    >>> adam_moments([torch.zeros(1)], [torch.zeros(1)], [torch.tensor([2.0])], (0.5, 0.75))
+    ([tensor([1.])], [tensor([1.])])
+    """
+    new_means = list(torch._foreach_lerp(means, grads, 1 - betas[0]))
+    new_squares = list(torch._foreach_mul(squares, betas[1]))
+    torch._foreach_addcmul_(new_squares, grads, grads, value=1 - betas[1])
+    return new_means, new_squares
+
+
 def adam_deltas(
     means: Tensors, squares: Tensors, steps: Tensors, lr: Float[Tensor, ""], betas: tuple[float, float], eps: float
 ) -> list[Tensor]:

@@ -60,12 +60,9 @@ def moments_after(
     grad: Float[Tensor, "*shape"],
     betas: tuple[float, float],
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """Return Adam's moments after one more gradient: b1 * m + (1 - b1) * g, and b2 * v + (1 - b2) * g^2.
-
-    >>> moments_after(torch.zeros(1), torch.zeros(1), torch.tensor([2.0]), (0.5, 0.75))
-    (tensor([1.]), tensor([1.]))
-    """
-    return torch.lerp(mean, grad, 1 - betas[0]), (square * betas[1]).addcmul(grad, grad, value=1 - betas[1])
+    """Return `kernels.adam_moments` of one tensor."""
+    means, squares = kernels.adam_moments([mean], [square], [grad], betas)
+    return means[0], squares[0]
 
 
 def adam_direction(
