@@ -206,8 +206,8 @@ def _go_on(folder: RunFolder) -> Path:
 def _finish(parts: Parts, folder: RunFolder, resume: bool = False) -> Path:
     say(start_line(parts))
     try:
-        with training_bar(parts.reader.rows) as watch:
-            summary = run_sequentially(parts, folder, watch=watch, resume=resume)
+        with training_bar(parts.reader.rows) as show:
+            summary = run_sequentially(parts, folder, on_progress=show, resume=resume)
     except SteadyRankError:
         say(f"the run up to there: {folder.path}")
         raise

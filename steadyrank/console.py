@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .evaluate import Metrics
 from .metrics import share_attainable
-from .sequential import Parts, Watch
+from .sequential import OnProgress, Parts
 from .sequential import Progress as RunProgress
 
 console = Console()
@@ -51,7 +51,7 @@ def bar(what: str, unit: str) -> Iterator[Any]:
 
 
 @contextmanager
-def training_bar(rows: int) -> Iterator[Watch]:
+def training_bar(rows: int) -> Iterator[OnProgress]:
     """Show how far a run is, the time left, its rate, and loss and AUC so far of as many tasks as fit."""
     columns = (
         TextColumn("[bold]training"),

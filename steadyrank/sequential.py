@@ -77,10 +77,12 @@ class Progress(NamedTuple):
     """Progressive AUC by binary task so far: the mean over windows, weighted by their rows."""
 
 
-Watch = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
-def run(parts: Parts, folder: RunFolder, *, watch: Watch | None = None, resume: bool = False) -> dict[str, Any]:
+def run(
+    parts: Parts, folder: RunFolder, *, on_progress: OnProgress | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Train over the whole log in time order and leave everything in the run folder.
 
     Ctrl-C ends after the step in progress, with a checkpoint. Whatever ends the run early, the run up to there is kept.
@@ -88,7 +90,7 @@ def run(parts: Parts, folder: RunFolder, *, watch: Watch | None = None, resume: 
     Args:
         parts: What to train, on what.
         folder: An open run folder with its configuration written.
-        watch: Called at each reading.
+        on_progress: Called at each reading.
         resume: Go on from the newest checkpoint.
 
     Returns:
@@ -101,7 +103,7 @@ def run(parts: Parts, folder: RunFolder, *, watch: Watch | None = None, resume: 
     """
     if parts.config.threads is not None:
         torch.set_num_threads(parts.config.threads)
-    session = _Session(parts, folder, watch)
+    session = _Session(parts, folder, on_progress)
     if resume:
         session.resume()
     else:
@@ -127,8 +129,8 @@ def run(parts: Parts, folder: RunFolder, *, watch: Watch | None = None, resume: 
 class _Session:
     """The state of one run: everything that a resume needs is in `state_dict`."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, watch: Watch | None) -> None:
-        self.parts, self.folder, self.watch = parts, folder, watch
+    def __init__(self, parts: Parts, folder: RunFolder, on_progress: OnProgress | None) -> None:
+        self.parts, self.folder, self.on_progress = parts, folder, on_progress
         parts.model.to(parts.device)
         for optimizer in parts.optimizers.values():  # state that was made with the weights moves with them
             optimizer.load_state_dict(optimizer.state_dict())
@@ -264,9 +266,11 @@ class _Session:
         self._pending.clear()
         self._mark = (now, self.rows)
         self._write("steps", {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
-        if self.watch is not None:
+        if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
-            self.watch(Progress(self.step, self.rows, self.parts.reader.rows, speed, losses, self.board.auc_so_far()))
+            self.on_progress(
+                Progress(self.step, self.rows, self.parts.reader.rows, speed, losses, self.board.auc_so_far())
+            )
         if self.readings.first_bad is not None:
             self._judge()
 

@@ -20,7 +20,8 @@ LAYERS = [
     ["recovery"],
     ["train", "scoreboard"],
     ["data", "models", "losses", "evaluate", "distributed", "report"],
-    ["optim", "schema", "metrics", "monitors", "runs"],
+    ["monitors"],
+    ["optim", "schema", "metrics", "runs"],
     ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}

@@ -62,7 +62,7 @@ def test_a_run_resumed_from_a_checkpoint_equals_the_run_that_went_through(tmp_pa
             raise KilledError
 
     with pytest.raises(KilledError):
-        train(config, tmp_path / "killed", watch=crash)
+        train(config, tmp_path / "killed", on_progress=crash)
     killed = RunFolder.open(tmp_path / "killed")
     assert killed.checkpoints() == [7]
     run(config.build(), killed, resume=True)
@@ -87,7 +87,7 @@ def config_one_batch() -> RunConfig:
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    folder = train(tiny("train.tensorboard=true"), tmp_path / "run", watch=seen.append)
+    folder = train(tiny("train.tensorboard=true"), tmp_path / "run", on_progress=seen.append)
     summary = folder.summary()
     assert summary["status"] == "finished"
     assert summary["rows"] == 2560
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint_to_resume(tmp_path: Path) -> None
         if progress.step == 6:
             signal.raise_signal(signal.SIGINT)
 
-    folder = train(tiny(), tmp_path / "run", watch=press)
+    folder = train(tiny(), tmp_path / "run", on_progress=press)
     assert folder.summary()["status"] == "interrupted"
     assert folder.checkpoints() == [6]
     assert folder.events()[-1]["kind"] == "interrupted"

@@ -37,9 +37,9 @@ def tiny(*overrides: str) -> RunConfig:
     return RunConfig.from_toml(TINY, overrides)
 
 
-def train(config: RunConfig, path: Path, watch: Watch | None = None) -> RunFolder:
+def train(config: RunConfig, path: Path, on_progress: Watch | None = None) -> RunFolder:
     """Train into a new run folder and return it."""
     folder = RunFolder.create(path)
     folder.write_config(config.to_toml())
-    run(config.build(), folder, watch=watch)
+    run(config.build(), folder, on_progress=on_progress)
     return folder
