@@ -4,7 +4,7 @@ from pathlib import Path
 
 from steadyrank.config import RunConfig
 from steadyrank.runs import RunFolder
-from steadyrank.sequential import Watch, run
+from steadyrank.sequential import OnProgress, run
 
 TINY = """
 name = "tiny"
@@ -37,7 +37,7 @@ def tiny(*overrides: str) -> RunConfig:
     return RunConfig.from_toml(TINY, overrides)
 
 
-def train(config: RunConfig, path: Path, on_progress: Watch | None = None) -> RunFolder:
+def train(config: RunConfig, path: Path, on_progress: OnProgress | None = None) -> RunFolder:
     """Train into a new run folder and return it."""
     folder = RunFolder.create(path)
     folder.write_config(config.to_toml())
