@@ -6,15 +6,13 @@ readings/T.jsonl    one line for each row of table T, append-only
 events.jsonl        what the guard and the recovery did, and why
 summary.json        how it ended
 checkpoints/step_N/ state.pt and manifest.json
+causes/step_N.json  what stood behind a warning or verdict at that step
 report.html, tensorboard/
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import itertools
-import json
-import math
 import os
 import pickle
 import platform
@@ -22,8 +20,7 @@ import re
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .errors import CheckpointError, ConfigError, SteadyRankError
+from .errors import CheckpointError, ConfigError
+from .files import append_lines, decode, read_lines, read_object, read_text, replace, swap, sync, to_json, writing
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses any other."""
@@ -42,17 +40,13 @@ _EVENTS = "events.jsonl"
 _SUMMARY = "summary.json"
 _READINGS = "readings"
 _CHECKPOINTS = "checkpoints"
+_CAUSES = "causes"
 _MANIFEST = "manifest.json"
 _TENSORBOARD = "tensorboard"
 _REPORT = "report.html"
 # The environment comes last: a folder stays a run folder, which overwrite may delete, until all else is gone.
-_OWN = (_CONFIG, _READINGS, _EVENTS, _SUMMARY, _CHECKPOINTS, _REPORT, _TENSORBOARD, _ENVIRONMENT)
+_OWN = (_CONFIG, _READINGS, _EVENTS, _SUMMARY, _CHECKPOINTS, _CAUSES, _REPORT, _TENSORBOARD, _ENVIRONMENT)
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-# Words, never numbers, under these keys: a run that is called "nan" keeps its name.
-_WORDS = frozenset({"name", "status", "message", "kind", "feature"})
-# Half a surrogate, as in a file name that is no UTF-8, becomes an escape that JSON reads back.
-_ODD = "backslashreplace"
 _PLAIN = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -84,14 +78,14 @@ class RunFolder:
             ConfigError: The folder is not empty (without `overwrite`) or is no run folder, or cannot be written.
         """
         run = cls(path)
-        with _writing(run.path, ConfigError, "choose another --out"):
+        with writing(run.path, ConfigError, "choose another --out"):
             if run.path.is_dir() and any(run.path.iterdir()):
                 run._clear(overwrite)
             new = next((p for p in (*reversed(run.path.parents), run.path) if not p.exists()), None)
             try:
                 (run.path / _READINGS).mkdir(parents=True)
                 (run.path / _CHECKPOINTS).mkdir()
-                _replace(run.path / _ENVIRONMENT, _json(_environment()))
+                replace(run.path / _ENVIRONMENT, to_json(_environment()))
             except OSError:
                 for path in [new] if new else [run.path / _READINGS, run.path / _CHECKPOINTS]:
                     shutil.rmtree(path, ignore_errors=True)
@@ -120,29 +114,29 @@ class RunFolder:
         path = self.path / _ENVIRONMENT
         if not path.is_file():
             raise CheckpointError(f"{self.path} is no run folder: {_ENVIRONMENT} was expected in it; check the path")
-        return _read_object(path)
+        return read_object(path)
 
     def write_config(self, toml_text: str) -> None:
         """Write config.toml."""
-        with _writing(self.path / _CONFIG):
-            _replace(self.path / _CONFIG, toml_text)
+        with writing(self.path / _CONFIG):
+            replace(self.path / _CONFIG, toml_text)
 
     def config_text(self) -> str:
         """Return config.toml as it stands."""
-        return _read_text(self.path / _CONFIG)
+        return read_text(self.path / _CONFIG)
 
     def append(self, table: str, step: int, values: Mapping[str, float | int]) -> None:
         """Add a row of readings by name (`area/name`), NaN and infinite ones too, to a table; `flush` writes it."""
         if clash := {"step", "time"} & values.keys():
             raise ValueError(f"readings may not be called {sorted(clash)}: the row has these columns already")
         row = {"step": int(step), "time": time.time(), "values": {k: float(v) for k, v in values.items()}}
-        self._buffers.setdefault(table, []).append(_json(row, indent=None))
+        self._buffers.setdefault(table, []).append(to_json(row, indent=None))
 
     def flush(self) -> None:
         """Write the buffered rows, each table in one write, and hand them to the operating system."""
         for table, lines in self._buffers.items():
             if lines:
-                _append_lines(self._table(table), lines)
+                append_lines(self._table(table), lines)
                 lines.clear()
 
     close = flush
@@ -153,7 +147,7 @@ class RunFolder:
         NaN stands where a row lacks a name. A table that was never written has no rows; a torn last line is left out.
         """
         self.flush()
-        rows = _read_lines(self._table(table))
+        rows = read_lines(self._table(table))
         kinds = (("step", np.int64), ("time", np.float64))
         columns: dict[str, np.ndarray] = {key: np.array([row[key] for row in rows], dtype=kind) for key, kind in kinds}
         for i, row in enumerate(rows):
@@ -167,28 +161,41 @@ class RunFolder:
         """Drop the rows after `step` from every table, as a run does that resumes there. Events stay."""
         self.flush()
         for path in sorted((self.path / _READINGS).glob("*.jsonl")):
-            kept = [_json(row, indent=None) + "\n" for row in _read_lines(path) if row["step"] <= step]
-            with _writing(path):
-                _replace(path, "".join(kept))
+            kept = [to_json(row, indent=None) + "\n" for row in read_lines(path) if row["step"] <= step]
+            with writing(path):
+                replace(path, "".join(kept))
 
     def event(self, step: int, kind: str, message: str, **detail: Any) -> None:
         """Record at once what happened at `step`: its kind (one word), a sentence, and details by name."""
         row = {**detail, "step": int(step), "time": time.time(), "kind": kind, "message": message}
-        _append_lines(self.path / _EVENTS, [_json(row, indent=None)])
+        append_lines(self.path / _EVENTS, [to_json(row, indent=None)])
 
     def events(self) -> list[dict[str, Any]]:
         """Return the events, first to last: step, time, kind, message and details (those not finite as words)."""
-        return _read_lines(self.path / _EVENTS)
+        return read_lines(self.path / _EVENTS)
+
+    def write_cause(self, step: int, cause: Mapping[str, Any]) -> Path:
+        """Write causes/step_N.json: what stood behind a warning or verdict at `step`."""
+        path = self.path / _CAUSES / f"step_{step}.json"
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            replace(path, to_json({**cause, "step": int(step)}))
+        return path
+
+    def causes(self) -> list[dict[str, Any]]:
+        """Return the cause reports in the order of their steps."""
+        found = [decode(read_object(path)) for path in (self.path / _CAUSES).glob("step_*.json")]
+        return sorted(found, key=lambda cause: int(cause["step"]))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: how the run ended."""
-        with _writing(self.path / _SUMMARY):
-            _replace(self.path / _SUMMARY, _json(dict(summary)))
+        with writing(self.path / _SUMMARY):
+            replace(self.path / _SUMMARY, to_json(dict(summary)))
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary, or None while the run goes on or when it was killed."""
         path = self.path / _SUMMARY
-        return _decode(_read_object(path)) if path.exists() else None
+        return decode(read_object(path)) if path.exists() else None
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> Path:
         """Save all that a resume needs as checkpoints/step_N, whole or not at all, and return that folder.
@@ -204,11 +211,11 @@ class RunFolder:
         final = self._checkpoint(step)
         draft = final.with_name(f".step_{step}.tmp")
         try:
-            with _writing(final):
+            with writing(final):
                 shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
                 draft.mkdir(parents=True)
                 _save_state(draft, step, state)
-                _swap(draft, final)
+                swap(draft, final)
         except RuntimeError as error:  # torch's own writer, when the disk is full
             raise CheckpointError(f"cannot write {final}: {error}; check space and permissions") from error
         finally:
@@ -225,7 +232,7 @@ class RunFolder:
         if step not in steps and (step is not None or not steps):
             raise CheckpointError(f"{self.path}: no checkpoint {'' if step is None else step} (there are: {steps})")
         folder = self._checkpoint(steps[-1] if step is None else step)
-        manifest, path = _read_object(folder / _MANIFEST), folder / "state.pt"
+        manifest, path = read_object(folder / _MANIFEST), folder / "state.pt"
         _check_format(folder / _MANIFEST, manifest)
         others = f"start from another checkpoint (there are: {steps})"
         try:
@@ -252,7 +259,7 @@ class RunFolder:
         steps = self.checkpoints()
         for step in steps[: max(len(steps) - keep, 0)]:
             folder = self._checkpoint(step)
-            with _writing(folder):  # first out of sight, so that half a checkpoint is never seen
+            with writing(folder):  # first out of sight, so that half a checkpoint is never seen
                 shutil.rmtree(folder.rename(folder.with_name(f".step_{step}.old")))
 
     def tensorboard_path(self) -> Path:
@@ -265,8 +272,8 @@ class RunFolder:
 
     def write_report(self, page: str) -> Path:
         """Write report.html and return its path."""
-        with _writing(self.report_path()):
-            _replace(self.report_path(), page)
+        with writing(self.report_path()):
+            replace(self.report_path(), page)
         return self.report_path()
 
     def _table(self, table: str) -> Path:
@@ -304,18 +311,6 @@ def next_folder(name: str, parent: str | Path = "runs") -> Path:
     return next(path for n in itertools.count(1) if not (path := Path(parent) / f"{name}-{n}").exists())
 
 
-@contextmanager
-def _writing(
-    path: Path, error: type[SteadyRankError] = CheckpointError, advice: str = "check space and permissions"
-) -> Iterator[None]:
-    """Turn the operating system's refusals into ours."""
-    try:
-        yield
-    except OSError as refusal:
-        where = f" ({refusal.filename})" if refusal.filename not in (None, str(path), path) else ""
-        raise error(f"cannot write {path}: {refusal.strerror or refusal}{where}; {advice}") from refusal
-
-
 def _save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
     with (folder / "state.pt").open("w+b") as file:
         torch.save(state, file)
@@ -325,8 +320,8 @@ def _save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.seek(0, os.SEEK_END)
     facts = {"format": FORMAT, "steadyrank": _version("steadyrank"), "step": step, "sha256": digest, "bytes": size}
-    _replace(folder / _MANIFEST, _json(facts))
-    _sync(folder)
+    replace(folder / _MANIFEST, to_json(facts))
+    sync(folder)
 
 
 def _check_format(path: Path, facts: Mapping[str, Any]) -> None:
@@ -353,130 +348,6 @@ def _check_plain(value: Any, where: str) -> None:
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; "
             "turn it into tensors, numbers, strings, None, or dicts, lists and tuples of these"
         )
-
-
-def _append_lines(path: Path, lines: list[str]) -> None:
-    """Append whole lines in one write; where that fails, the file is as long as before."""
-    data = "".join(line + "\n" for line in lines).encode(errors=_ODD)
-    with _writing(path), path.open("a+b", buffering=0) as file:
-        size = _whole_lines(path)
-        file.truncate(size)  # a line that a crash tore would spoil the next one
-        try:
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-def _whole_lines(path: Path) -> int:
-    """Return the length of the file in bytes up to its last line break."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(end - 65536, 0)
-            file.seek(start)
-            if (found := file.read(end - start).rfind(b"\n")) >= 0:
-                return start + found + 1
-            end = start
-    return 0
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, none when it is absent; a torn last line is left out."""
-    if not path.exists():
-        return []
-    # Only "\n" ends a row: str.splitlines would also break at U+2028, which a task's name may hold.
-    lines = _read_text(path, errors="replace").split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path}, line {number}: a JSON object was expected ({error}); delete that line to read the rest"
-            ) from error
-    return rows
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_read_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: JSON was expected ({error}); the file is damaged") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected, not a {type(found).__name__}; the file is damaged")
-    return found
-
-
-def _read_text(path: Path, errors: str = "strict") -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors=errors)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; check the path and its permissions") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8", errors=_ODD, newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _swap(draft: Path, final: Path) -> None:
-    """Rename a folder, in the place of an older one if there is one."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        draft.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut, where the system can do that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def _json(value: Any, indent: int | None = 2) -> str:
-    return json.dumps(_encode(value), indent=indent, allow_nan=False, ensure_ascii=False, default=str)
-
-
-def _encode(value: Any) -> Any:
-    """Return what JSON can hold: non-finite numbers as words, numpy's and torch's scalars as Python's."""
-    if isinstance(value, Mapping):
-        return {str(k): _encode(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic | Tensor):
-        return _encode(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value
-
-
-def _decode(value: Any) -> Any:
-    """Turn the words that stand for non-finite numbers back into them."""
-    if isinstance(value, dict):
-        return {k: v if k in _WORDS and isinstance(v, str) else _decode(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_decode(v) for v in value]
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _environment() -> dict[str, Any]:

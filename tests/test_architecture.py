@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["console", "start", "ladder"],
+    ["console", "start", "replay", "ladder"],
     ["config"],
     ["sequential", "predict"],
     ["recovery"],
@@ -22,6 +22,7 @@ LAYERS = [
     ["data", "models", "losses", "evaluate", "distributed", "report"],
     ["monitors"],
     ["optim", "schema", "metrics", "runs"],
+    ["files"],
     ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}

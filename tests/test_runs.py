@@ -325,3 +325,14 @@ def test_what_could_not_be_loaded_is_not_saved(run: RunFolder, value: object) ->
     with pytest.raises(CheckpointError, match=r"state\['a'\]\[1\] is a .*, which a checkpoint cannot hold"):
         run.save_checkpoint(5, {"a": [0, value]})
     assert run.checkpoints() == []
+
+
+def test_cause_reports_are_read_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    assert run.causes() == []
+    run.write_cause(120, {"task": "like", "ratio": float("inf")})
+    run.write_cause(30, {"task": "click"})
+    run.write_cause(30, {"task": "share"})
+    assert run.causes() == [{"task": "share", "step": 30}, {"task": "like", "ratio": float("inf"), "step": 120}]
+    RunFolder.create(tmp_path / "run", overwrite=True)
+    assert RunFolder.open(tmp_path / "run").causes() == []
