@@ -292,6 +292,8 @@ class Batch:
     """The group's key, or a hash of it; 0 for all without a group column."""
     truth: Float[Tensor, "batch tasks"] | None = None
     """Generated streams only: true probability, or expectation of the label as the model learns it."""
+    row: Int64[Tensor, " batch"] | None = None
+    """Number of each row in its log, counted from 0 in reading order; None in a batch that a Reader did not make."""
 
     def __len__(self) -> int:
         return len(self.time)

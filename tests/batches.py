@@ -57,4 +57,5 @@ def make_batch(schema: Schema, rows: int, seed: int = 0) -> Batch:
         weights=weights,
         time=torch.arange(rows),
         group=torch.randint(5, (rows,), generator=generator),
+        row=1000 * seed + torch.arange(rows),
     )

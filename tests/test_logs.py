@@ -116,6 +116,25 @@ def test_batches_are_full_but_for_the_last_of_a_window_and_hold_what_the_file_sa
         assert torch.equal(batch.lists[0].offsets.diff(), batch.group % 4)
 
 
+@pytest.mark.parametrize("config", [{}, {"shuffle": False}, {"window_hours": 0.3}])
+def test_every_row_carries_its_number_in_the_log(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Through sorting, shuffling and resuming; over files and row groups; `group` holds where the row was written."""
+    time = np.arange(90) * 60
+    time[[33, 37]] = time[[37, 33]]
+    table = change(make_table(90), "time", time)
+    write(tmp_path / "a.parquet", table.slice(0, 50), group=7)
+    write(tmp_path / "b.parquet", table.slice(50), group=9)
+    reader = read(tmp_path, window_rows=40, batch_size=16, **config)
+    given_batches = list(reader.batches())
+    for batch, _ in given_batches:
+        assert torch.equal(batch.row, batch.group)
+    for i, (_, cursor) in enumerate(given_batches[:-1]):
+        batch, _ = next(reader.batches(cursor))
+        assert torch.equal(batch.row, given_batches[i + 1][0].row)
+    for batch in reader.in_order():
+        assert torch.equal(batch.row, batch.group)
+
+
 def test_in_order_gives_the_log_as_it_lies(tmp_path: Path) -> None:
     path = write(tmp_path / "log.parquet", make_table(50), group=9)
     calls: list[tuple[int, int]] = []
@@ -490,7 +509,7 @@ def test_memory_is_bounded_by_the_window_and_not_by_the_log(tmp_path: Path, monk
     reader = read(path, schema, window_rows=20_000, batch_size=20_000)
     sizes: list[int] = []
     encode = reader.encoder.encode
-    monkeypatch.setattr(reader.encoder, "encode", lambda table, place: sizes.append(len(table)) or encode(table, place))
+    monkeypatch.setattr(reader.encoder, "encode", lambda table, *at: sizes.append(len(table)) or encode(table, *at))
     before, peak, count = pa.total_allocated_bytes(), 0, 0
     for batch, _ in reader.batches():
         count += len(batch)

@@ -158,7 +158,7 @@ def lists_of(ragged: Ragged) -> list[list[int]]:
 
 def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
     """Take a batch apart, one tuple a row, NaN shown as None."""
-    dense = [batch.ids, batch.numbers, batch.positions, batch.labels, batch.weights, batch.time, batch.group]
+    dense = [batch.ids, batch.numbers, batch.positions, batch.labels, batch.weights, batch.time, batch.group, batch.row]
     if batch.truth is not None:
         dense.append(batch.truth)
     columns = [[[None if v != v else v for v in row.reshape(-1).tolist()] for row in part] for part in dense]
@@ -206,6 +206,6 @@ def test_to_moves_every_part() -> None:
     batch = with_truth(make_batch(make_schema(), 5))
     moved = batch.to("meta")
     parts = [value for value in moved.__dict__.values() if isinstance(value, torch.Tensor)]
-    assert len(parts) == 8
+    assert len(parts) == 9
     assert all(part.is_meta for part in (*parts, *(t for ragged in moved.lists for t in ragged)))
     assert rows_of(batch.to("cpu")) == rows_of(batch)

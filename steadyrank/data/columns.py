@@ -126,8 +126,13 @@ class Encoder:
         """Return the time column alone, in microseconds since 1970."""
         return _Reader(table, place, Missing()).time(self.schema.time, self.schema.time_unit)
 
-    def encode(self, table: pa.Table, place: Place) -> tuple[Batch, Missing]:
+    def encode(self, table: pa.Table, place: Place, first_row: int | None = None) -> tuple[Batch, Missing]:
         """Turn a table into a Batch and the counts of its missing values.
+
+        Args:
+            table: Rows that follow one another in the log.
+            place: Where they come from, for messages.
+            first_row: Number of the first of them in the log, where that is known.
 
         Raises:
             DataError: A wrong type or value; the message names file, row group, column and row.
@@ -161,6 +166,7 @@ class Encoder:
                 time=torch.from_numpy(np.array(read.time(schema.time, schema.time_unit))),
                 group=torch.from_numpy(np.array(group)),
                 truth=truth,
+                row=None if first_row is None else torch.arange(first_row, first_row + rows),
             ),
             missing,
         )

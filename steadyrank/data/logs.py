@@ -231,6 +231,7 @@ class Reader:
         self.source, self.schema, self.config, self.seed = source, schema, config, seed
         self.encoder = Encoder(schema, truth=truth)
         self.missing = Missing()
+        self.left = 0  # batches of the window after the one that was yielded last
         source.check(self.encoder.columns)
 
     @property
@@ -252,18 +253,15 @@ class Reader:
                 order = torch.randperm(len(window), generator=_generator(self.seed, at.window))
             pieces = order.split(self.config.batch_size)
             for i in range(skip, len(pieces)):
+                self.left = len(pieces) - i - 1
                 yield window.take(pieces[i]), Cursor(at.rows, at.window, i + 1, at.last_time)
             skip = 0
 
     def in_order(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Batch]:
-        """Yield the whole log as it lies in its files, unshuffled, a piece at a time: to score, not to learn.
-
-        Args:
-            progress: Called with the rows read and in all.
-        """
+        """Yield the log as it lies in its files, a piece at a time, to score; `progress` gets the rows so far, and all."""
         rows = 0
         for table, place in self.source.pieces(0, self.encoder.columns):
-            batch, counted = self.encoder.encode(table, place)
+            batch, counted = self.encoder.encode(table, place, rows)
             self.missing.add(counted)
             yield batch
             rows += len(batch)
@@ -281,7 +279,8 @@ class Reader:
                 self.missing.add(missing)  # after the window, which a resumed run may read, and count, again
                 cursor = self._after(held, cursor)
                 held, missing = [], Missing()
-            batch, counted = self.encoder.encode(piece.table, piece.place)
+            first = cursor.rows + sum(len(batch) for batch, _ in held)
+            batch, counted = self.encoder.encode(piece.table, piece.place, first)
             held.append((batch, piece.place))
             missing.add(counted)
             current = key
