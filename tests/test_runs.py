@@ -110,8 +110,8 @@ def test_open_refuses_what_is_no_run_folder(tmp_path: Path) -> None:
 
 def test_open_refuses_another_format(run: RunFolder) -> None:
     path = run.path / "environment.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2, "steadyrank": "9.0"}))
-    with pytest.raises(CheckpointError, match=r"format 1 was expected.*format 2 \(written by steadyrank 9\.0.*upgrade"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9, "steadyrank": "9.0"}))
+    with pytest.raises(CheckpointError, match=r"format 2 was expected.*format 9 \(written by steadyrank 9\.0.*upgrade"):
         RunFolder.open(run.path)
 
 
@@ -138,7 +138,7 @@ def test_rows_are_written_at_the_flush(run: RunFolder) -> None:
     assert not (run.path / "readings" / "steps.jsonl").exists()
     run.flush()
     run.flush()
-    assert len((run.path / "readings" / "steps.jsonl").read_text().splitlines()) == 1
+    assert len((run.path / "readings" / "steps.jsonl").read_text().splitlines()) == 2  # the names, and the row
 
 
 @settings(deadline=None, max_examples=30)
@@ -157,8 +157,25 @@ def test_every_number_and_name_comes_back(
 def test_readings_on_disk_are_strict_json(run: RunFolder) -> None:
     run.append("t", 1, {"a": math.nan, "b": math.inf, "c": -math.inf})
     run.flush()
-    row = json.loads((run.path / "readings" / "t.jsonl").read_text(), parse_constant=pytest.fail)
-    assert row["values"] == {"a": "nan", "b": "inf", "c": "-inf"}
+    lines = (run.path / "readings" / "t.jsonl").read_text().splitlines()
+    names, row = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert names == {"names": ["a", "b", "c"]}
+    assert row["values"] == ["nan", "inf", "-inf"]
+
+
+def test_rows_of_several_names_and_of_the_first_format_are_read(run: RunFolder) -> None:
+    run.append("t", 1, {"a": 1.0})
+    run.append("t", 2, {"b": 2.0, "a": 3.0})
+    run.append("t", 3, {"a": 4.0})
+    run.flush()
+    with (run.path / "readings" / "t.jsonl").open("a") as file:
+        file.write('{"step": 4, "time": 0.0, "values": {"a": "inf"}}\n')
+    RunFolder.open(run.path).append("t", 5, {"a": 5.0})  # one that is never flushed leaves nothing
+    found = RunFolder.open(run.path).readings("t")
+    np.testing.assert_array_equal(found["a"], [1.0, 3.0, 4.0, math.inf])
+    np.testing.assert_array_equal(found["b"], [math.nan, 2.0, math.nan, math.nan])
+    run.truncate_readings(2)
+    np.testing.assert_array_equal(RunFolder.open(run.path).readings("t")["a"], [1.0, 3.0])
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
@@ -284,8 +301,8 @@ def test_a_missing_state_file_is_named(run: RunFolder) -> None:
 
 def test_a_checkpoint_of_another_format_is_refused(run: RunFolder) -> None:
     path = run.save_checkpoint(5, state()) / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 3'))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: format 1 was expected, but it says format 3"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: format 2 was expected, but it says format 3"):
         run.load_checkpoint()
 
 
