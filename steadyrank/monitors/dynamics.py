@@ -1,12 +1,36 @@
-"""Training dynamics by parameter, read from the optimizer's own state without a host sync."""
+"""Training dynamics by parameter: gradients, weights, updates, and what each clipping method would have done.
 
-from collections.abc import Iterable
+Symbols: w weight before the step, g gradient, u = w_before - w_after the update, eta learning rate, sigma the clip
+factor of the optimizer in use (1 where it has none), r = u / (eta * sigma) the direction; P parameters.
+
+What is not finite shows as it is (NaN or infinity) in the reading of its own step, and nothing is remembered from it.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..optim import kernels
+from ..optim.rivals import overall_norm
+from ..optim.rules import factor_within, smallest, unit_norms
+from .readings import Reading
 
 CLIP_FACTOR = "clip_factor"  # the state key under which an optimizer keeps the factor of its last step
+SQUARES = ("sum", "exp_avg_sq")
+"""State keys of what the family of Adagrad, and that of Adam, divides by the root of."""
+
+PAPER_RELATIVE, PAPER_ABSOLUTE = 0.5, 0.01
+"""Clippy's thresholds (Tang et al., section 5.1): no coordinate moves by more than 0.5 |w| + 0.01."""
+GC_NORM, AGC_SHARE, AGC_FLOOR = 0.1, 0.01, 1e-3
+"""What the paper clips a layer's gradient norm to, a unit's gradient over its weight, and the least weight norm."""
+WEIGHT_FLOOR = 1e-3
+"""The least |w| by which a coordinate's update is divided."""
+_SMALL = 1 << 20  # coordinates up to which torch's own norm is exact to 1e-5 on a CPU
+_SAMPLE = 256  # coordinates of an accumulator that its quantiles are read from
 
 
 class ClipFactors:
@@ -17,11 +41,9 @@ class ClipFactors:
         optimizers: Any optimizers; those without the state key are passed over.
     """
 
-    def __init__(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizers: Iterable[torch.optim.Optimizer]
-    ) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], optimizers: Iterable[Optimizer]) -> None:
         self._parameters = list(named_parameters)
-        self._optimizers = [inner for optimizer in optimizers for inner in _with_inner(optimizer)]
+        self._optimizers = [inner for optimizer in optimizers for inner in with_inner(optimizer)]
 
     def read(self) -> dict[str, Float[Tensor, ""]]:
         """Return each parameter's factor as a 0-d tensor where it lies, by the parameter's name.
@@ -41,7 +63,173 @@ class ClipFactors:
         return found
 
 
-def _with_inner(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+def with_inner(optimizer: Optimizer) -> list[Optimizer]:
     """Return an optimizer and those that it is wrapped around."""
     inner = getattr(optimizer, "optimizer", None)
-    return [optimizer, *(_with_inner(inner) if isinstance(inner, torch.optim.Optimizer) else [])]
+    return [optimizer, *(with_inner(inner) if isinstance(inner, Optimizer) else [])]
+
+
+class Dynamics:
+    """Gradient, weight and update of every dense parameter, around one optimizer step.
+
+    `before` goes right before the step and keeps a copy of the weights; `after` goes right after it and returns the
+    readings, on the device. A parameter without a gradient, or with a sparse one (see `tables`), is passed over.
+
+    Args:
+        named_parameters: Names and parameters.
+        optimizers: The optimizers that hold them.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> sgd = torch.optim.SGD([weight], lr=0.5)
+    >>> dynamics = Dynamics([("weight", weight)], [sgd])
+    >>> weight.grad = torch.tensor([0.0, 2.0])
+    >>> dynamics.before()
+    >>> sgd.step()
+    >>> found = {reading.area: reading.values.tolist() for reading in dynamics.after()}
+    >>> found["weight_norm"], found["gradient_norm"], found["update_norm"], found["update_max"]
+    ([5.0], [2.0], [1.0], [1.0])
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
+        self._named = [(name, p) for name, p in named_parameters if p.numel()]
+        self._optimizers = [inner for optimizer in optimizers for inner in with_inner(optimizer)]
+        self._before: list[tuple[str, nn.Parameter, Tensor]] = []
+
+    @torch.no_grad()
+    def before(self, matrices: bool = False) -> None:
+        """Keep the weights as they are before the step: all, or those of more than one dimension."""
+        held = [
+            (name, p)
+            for name, p in self._named
+            if p.grad is not None and not p.grad.is_sparse and (p.dim() > 1 or not matrices)
+        ]
+        self._before = [(name, p, p.detach().clone()) for name, p in held]
+
+    @torch.no_grad()
+    def look(self) -> list[Reading]:
+        """Return `update_over_bound` only: at a fraction of the cost of `after`."""
+        held, self._before = self._before, []
+        found: list[Reading] = []
+        for here in _by_device(held):
+            weights, updates = _updates(here)
+            found.append(Reading("update_over_bound", [name for name, *_ in here], _over_bound(weights, updates)))
+        return found
+
+    @torch.no_grad()
+    def after(self) -> list[Reading]:
+        """Return what the step did; empty when `before` was not called, or no parameter had a gradient."""
+        held, self._before = self._before, []
+        return [reading for here in _by_device(held) for reading in self._read(here)]
+
+    def _read(self, held: "_Held") -> list[Reading]:
+        names = [name for name, *_ in held]
+        weights, updates = _updates(held)
+        grads = [p.grad.to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True) if p.grad is not None]
+        rates_P, factors_P = self._rates_and_factors([p for _, p, _ in held])
+        g_P, w_P, u_P = (_norms(tensors) for tensors in (grads, weights, updates))
+        largest_P = kernels.largest(updates)
+        floors = torch._foreach_abs(weights)
+        torch._foreach_clamp_min_(floors, WEIGHT_FLOOR)
+        over_P = _over_bound(weights, updates)
+        step_P = rates_P * factors_P
+        by_area = {
+            "gradient_norm": g_P,
+            "weight_norm": w_P,
+            "update_norm": u_P,
+            "gradient_over_weight": g_P / w_P,
+            "update_over_weight": u_P / w_P,
+            "update_max": largest_P,
+            "update_over_weight_max": kernels.largest(kernels.bound_ratios(updates, list(floors), positive=True)),
+            "update_over_bound": over_P,
+            "direction_max": largest_P / step_P,
+            "factor_gc": factor_within(g_P, torch.full_like(g_P, GC_NORM)),
+            "factor_agc": torch.stack([agc_factor(g, w).to(g_P) for g, w in zip(grads, weights, strict=True)]),
+            "factor_lamb": w_P * step_P / u_P,
+            # What the ratio would have been without the factor of the optimizer in use.
+            "factor_clippy": kernels.factor_of(torch.where(factors_P > 0, over_P / factors_P, over_P)),
+        }
+        return [Reading(area, names, values) for area, values in by_area.items()] + self._accumulators(held)
+
+    def _rates_and_factors(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """Return eta and sigma of each parameter."""
+        rates: dict[int, float | Tensor] = {}
+        factors: dict[int, Tensor] = {}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    rates[id(p)] = group["lr"]
+                    if CLIP_FACTOR in optimizer.state.get(p, {}):
+                        factors[id(p)] = optimizer.state[p][CLIP_FACTOR]
+        one = torch.ones((), device=parameters[0].device)
+        eta = [rates[id(p)] for p in parameters]
+        if any(isinstance(rate, Tensor) for rate in eta):
+            eta_P = torch.stack([torch.as_tensor(rate, device=one.device).to(one) for rate in eta])
+        else:
+            eta_P = torch.tensor(eta, dtype=one.dtype).to(one.device, non_blocking=True)
+        return eta_P, torch.stack([factors.get(id(p), one).to(one).reshape(()) for p in parameters])
+
+    def _accumulators(self, held: "_Held") -> list[Reading]:
+        """Return three quantiles of each accumulator, from an even sample of its coordinates: one sort for all."""
+        names, samples = [], []
+        for name, p, _ in held:
+            for optimizer in self._optimizers:
+                state = optimizer.state.get(p, {})
+                squares = next((state[key] for key in SQUARES if isinstance(state.get(key), Tensor)), None)
+                if squares is not None and squares.numel():
+                    flat = kernels.local(squares).reshape(-1)
+                    names.append(name)
+                    samples.append(flat[_spread(flat.numel(), flat.device)].float())
+        if not names:
+            return []
+        sorted_PS = torch.stack(samples).sort(dim=1).values
+        return [
+            Reading(f"accumulator_{area}", names, sorted_PS[:, round(q * (_SAMPLE - 1))])
+            for area, q in (("q01", 0.01), ("q50", 0.5), ("q99", 0.99))
+        ]
+
+
+_Held = list[tuple[str, nn.Parameter, Tensor]]  # name, parameter, and its values from before the step
+
+
+@cache
+def _spread(count: int, device: torch.device) -> Int64[Tensor, " sample"]:
+    """Return places spread evenly over so many coordinates."""
+    return torch.arange(_SAMPLE, device=device) * count // _SAMPLE
+
+
+def _by_device(held: _Held) -> list[_Held]:
+    devices = dict.fromkeys(p.device for _, p, _ in held)
+    return [[each for each in held if each[1].device == device] for device in devices]
+
+
+def _updates(held: _Held) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights before the step, and how far it moved them; in float32 or wider."""
+    # Norms of bfloat16 would be good for two digits.
+    half = (torch.bfloat16, torch.float16)
+    weights = [before.float() if before.dtype in half else before for *_, before in held]
+    now = [p.detach().to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True)]
+    return weights, list(torch._foreach_sub(weights, now))
+
+
+def _over_bound(weights: list[Tensor], updates: list[Tensor]) -> Float[Tensor, " tensors"]:
+    """Return max_i |u_i| / (0.5 |w_i| + 0.01) of each tensor: above 1, Clippy would have shortened the step."""
+    bounds = kernels.update_bounds(weights, PAPER_RELATIVE, PAPER_ABSOLUTE, 0.0, [], 0.0)
+    return kernels.largest(kernels.bound_ratios(updates, bounds, positive=True))
+
+
+def agc_factor(grad: Tensor, weight: Tensor) -> Float[Tensor, ""]:
+    """Return the least factor that `optim.AGC` would give a unit of this gradient.
+
+    >>> agc_factor(torch.tensor([[0.0, 0.1], [0.0, 0.001]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
+    tensor(0.2000)
+    """
+    by_row = grad.dim() > 1
+    return smallest(
+        factor_within(unit_norms(grad, by_row), AGC_SHARE * unit_norms(weight, by_row).clamp(min=AGC_FLOOR))
+    )
+
+
+def _norms(tensors: list[Tensor]) -> Float[Tensor, " tensors"]:
+    if all(type(x) in (Tensor, nn.Parameter) and x.numel() <= _SMALL for x in tensors):
+        return torch.stack(torch._foreach_norm(tensors)).float()
+    return torch.stack([overall_norm(x).float() for x in tensors])

@@ -1,0 +1,94 @@
+"""Tasks against each other: what each task's loss asks of the representation that all of them share.
+
+Shapes: K tasks; h the shared representation, of any shape.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .readings import Reading
+
+
+class TaskConflict:
+    """Each task's gradient at the shared representation: its norm, its cosine with the others, its share of the sum.
+
+        g_k = lambda_k dL_k / dh,    share_k = g_k . sum_j g_j / ||sum_j g_j||^2
+
+    lambda_k is the task's loss weight. The shares sum to 1; below 0, a task is overruled by the others. A backward pass
+    for each task, from its loss down to h only: with a shared bottom, the towers and no more.
+
+    h is the output of `shared`, where that is one tensor, or the same for every task (a shared bottom); where each task
+    has its own (MMoE, PLE), it is the input.
+
+    Args:
+        shared: The module that the tasks share.
+        tasks: Their names.
+        loss_weights: lambda of each; 1 when left out.
+
+    >>> shared = nn.Linear(2, 2)
+    >>> conflict = TaskConflict(shared, ["click", "like"])
+    >>> conflict.active = True
+    >>> h = shared(torch.ones(1, 2))
+    >>> losses = torch.stack([h.sum(), -2 * h[0, 0]])
+    >>> {reading.area: reading.values.tolist() for reading in conflict.read(losses)}
+    {'task_gradient_norm': [1.41..., 2.0], 'task_share_frac': [0.0, 1.0], 'task_cosine': [-0.70...]}
+    """
+
+    def __init__(self, shared: nn.Module, tasks: Sequence[str], loss_weights: Sequence[float] | None = None) -> None:
+        self.active = False
+        """Whether forward passes are watched at the moment."""
+        self._tasks = list(tasks)
+        self._weights = [1.0] * len(self._tasks) if loss_weights is None else list(loss_weights)
+        self._h: Tensor | None = None
+        self.handles = [shared.register_forward_hook(self._look)]
+
+    def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self.active and torch.is_grad_enabled():
+            outputs = list(output) if isinstance(output, list | tuple) else [output]
+            same = isinstance(outputs[0], Tensor) and all(each is outputs[0] for each in outputs)
+            self._h = outputs[0] if same else next((x for x in inputs if isinstance(x, Tensor)), None)
+
+    def read(self, losses_K: Float[Tensor, " tasks"]) -> list[Reading]:
+        """Return the readings; to be called between forward and backward, whose graph stays as it is.
+
+        Empty when no forward pass was watched, or nothing below the representation is trained.
+        """
+        h, self._h = self._h, None
+        if h is None or not h.requires_grad or not losses_K.requires_grad:
+            return []
+        gradients = [
+            torch.autograd.grad(losses_K[k], h, retain_graph=True, allow_unused=True)[0] for k in range(len(losses_K))
+        ]
+        flat_KH = torch.stack(
+            [
+                w * (torch.zeros_like(h) if g is None else g).flatten()
+                for g, w in zip(gradients, self._weights, strict=True)
+            ]
+        ).float()
+        return compare_gradients(flat_KH, self._tasks)
+
+
+def compare_gradients(gradients_KH: Float[Tensor, "tasks size"], tasks: Sequence[str]) -> list[Reading]:
+    """Return norms, shares of the sum, and cosines of each pair (`a|b`; NaN where a gradient is zero).
+
+    >>> found = compare_gradients(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), ["a", "b"])
+    >>> [(reading.area, reading.values.tolist()) for reading in found]
+    [('task_gradient_norm', [3.0, 4.0]), ('task_share_frac', [0.36..., 0.63...]), ('task_cosine', [0.0])]
+    """
+    products_KK = gradients_KH @ gradients_KH.T
+    norm_K = torch.linalg.vector_norm(gradients_KH, dim=1)
+    with_sum_K = products_KK.sum(1)
+    found = [
+        Reading("task_gradient_norm", list(tasks), norm_K),
+        Reading("task_share_frac", list(tasks), with_sum_K / with_sum_K.sum()),
+    ]
+    pairs = list(combinations(range(len(tasks)), 2))
+    if pairs:
+        cosines = torch.stack([products_KK[i, j] / (norm_K[i] * norm_K[j]) for i, j in pairs])
+        found.append(Reading("task_cosine", [f"{tasks[i]}|{tasks[j]}" for i, j in pairs], cosines))
+    return found
