@@ -1,136 +1,102 @@
 """The report: one page that needs no network, trusts no name, and says what it does not draw."""
 
-import json
 import math
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from steadyrank.errors import CheckpointError
-from steadyrank.report import compare, write_report
-from steadyrank.report.figures import PALETTE, Panel, Readings, draw, find_tasks, thin
-from steadyrank.report.page import task_sentence
+from steadyrank.report import write_report
+from steadyrank.report.words import task_sentence, verdict_words
 from steadyrank.runs import RunFolder
+
+from .report_pages import Page, browse
+from .report_runs import BLAMED, Tables, make_events, make_summary, make_tables, old_summary, write_old_run, write_run
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '<img src=x onerror="document.documentElement.dataset.pwned=1">'
-HOSTILE = (SCRIPT, IMAGE, "</script><!--", "{{ 7 * 7 }} %{x} \u2028 '\"`")
-
-
-def fill(run: RunFolder, binary: str = "click", regression: str = "watch", parameter: str = "cross.weight") -> None:
-    """Write a small run with everything in it: 30 steps, 6 windows."""
-    for step in range(1, 31):
-        loss = math.inf if step == 12 else 1 / step
-        factor = 0.001 if step == 12 else 1 - 0.01 * step
-        row = {"loss/total": 2 * loss, f"loss/{binary}": loss, f"loss/{regression}": loss, "speed/rows_per_s": 1000.0}
-        run.append("steps", step, row | {f"clip_factor/{parameter}": factor, "clip_factor/tower.bias": 1.0})
-        if step % 5 == 0:
-            row = {f"auc/{binary}": 0.6 + step / 300, f"baseline_auc/{binary}": 0.61, f"attainable_auc/{binary}": 0.75}
-            row |= {f"normalised_entropy/{binary}": 0.9, f"calibration/{binary}": 1.1}
-            row |= {
-                f"rmse/{regression}": 2.0,
-                f"normalised_rmse/{regression}": 0.8,
-                f"baseline_rmse/{regression}": 2.25,
-            }
-            run.append("windows", step, row | {"log/rows": 100.0 * step, "log/time_s": 1.7e9 + step})
-
-
-def summary(binary: str = "click", regression: str = "watch", name: str = "demo") -> dict[str, Any]:
-    return {
-        "name": name,
-        "status": "diverged",
-        "message": f"the loss of {binary} is inf",
-        "steps": 30,
-        "rows": 3000,
-        "seconds": 4000.0,
-        "rows_per_s": 1000.0,
-        "parameters": {"dense": 12345, "embedding": 10},
-        "optimizer": {"dense": "clippy", "tables": "adagrad"},
-        "first_time_s": 0.0,
-        "last_time_s": 86400.0,
-        "missing": {binary: {"null": 3, "non_finite": 1}},
-        "tasks": {
-            binary: {
-                "kind": "binary",
-                "run": {"auc": 0.7, "normalised_entropy": 0.9, "gauc": math.nan},
-                "last_day": {"auc": 0.72},
-                "baseline": {"feature": "item", "auc": 0.65},
-                "attainable": {"auc": 0.75},
-            },
-            regression: {
-                "kind": "regression",
-                "run": {"rmse": 2.5, "normalised_rmse": 1.1},
-                "last_day": {"rmse": 2.0},
-                "baseline": {"feature": "global", "rmse": 2.25},
-            },
-        },
-    }
+HOSTILE = "".join((SCRIPT, IMAGE, "</script><!--", "{{ 7 * 7 }} %{x} \u2028 '\"`"))
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    run = RunFolder.create(tmp_path / "run")
-    fill(run)
-    run.write_summary(summary())
+def old(tmp_path: Path) -> RunFolder:
+    run = write_old_run(tmp_path / "run")
+    run.write_summary(old_summary())
     run.write_config("[optimizer]\nname = 'clippy'\n")
     run.event(12, "bad_step", "the loss was inf", task="click", loss=math.inf)
     return run
 
 
-class Page(HTMLParser):
-    """The page as a browser reads it: its tags with attributes, and its visible text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._hidden = False
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = re.sub(r"\s+", " ", self.text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._hidden = tag in ("script", "style")
-        self.text += " " if tag == "br" else ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = False
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self._hidden else data
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(write_report(write_run(tmp_path_factory.mktemp("runs") / "eventful", make_tables())))
 
 
-def panels(run: RunFolder) -> dict[str, Panel]:
-    steps, windows = run.readings("steps"), run.readings("windows")
-    return {p.key: p for p in draw(Readings(steps, windows, find_tasks(steps, windows)))}
+def test_the_page_is_self_contained(page: Page) -> None:
+    assert page.links() == []
+    assert not re.search(r"@import|url\(", page.source)
 
 
-def test_the_page_is_self_contained(run: RunFolder) -> None:
-    path = write_report(run)
-    assert path == run.path / "report.html"
-    page = Page(path)
-    links = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href", "srcset", "data")]
-    assert links == []
-    assert not re.search(r"@import|url\(", path.read_text())
-    assert path.stat().st_size < 3_000_000
+def test_at_the_top_stand_the_verdicts_and_what_happened(page: Page) -> None:
+    top = page.text.partition("What was learned")[0]
+    for expected in (
+        "Of 3 tasks 1 diverged for good, 1 diverged and came back, 1 was healthy.",
+        "click Full divergence since step 4,560: normalised entropy 2.1, worse than a constant. AUC 0.7000 over",
+        "like Micro-divergence from step 2,400 to 2,800: a window 11 deviations above those before.",
+        "watch_time Healthy throughout. RMSE 1.200 over the run, 0.820 of a constant's;",
+        "The first warning came at step 2,220, 180 steps before like was first disturbed.",
+        "updates grow faster than weights 14 times, the last at step 2,480",
+        "step 4560: the gradient of trunk.layers.linear_1.weight is not finite",
+        "back to the checkpoint of step 4,000 at half the rate",
+    ):
+        assert expected in top
 
 
-def test_the_page_says_what_came_out(run: RunFolder) -> None:
-    text = Page(write_report(run)).text
+def test_causes_are_told_in_words_and_tables(page: Page) -> None:
+    told = page.text.partition("What stood behind it")[2].partition("What was learned")[0]
+    for expected in (
+        "Step 4,560: the largest update left its usual range",
+        f"layer: {BLAMED}",
+        "lies in: the data",
+        "click led: its loss was 38 times its usual one.",
+        "a value came up",
+        "42% 0.14% 44%",  # now, usually, in the batch's rows
+        "Row in the log Loss Gradient Task Unusual in it user item",
+        "4600000 41.50 3.200 click item 90 4711",
+        "steadyrank replay eventful --step 4560",
+        "1 more",
+        "Step 4,600: its loss is not finite",
+    ):
+        assert expected in told
+    assert "4600070" not in told  # ten rows of twelve
+    assert "note" not in told  # a column without any value
+
+
+def test_every_figure_says_how_to_read_it(page: Page) -> None:
+    figures = page.figures()
+    assert len(figures) == 22
+    assert "Not drawn" not in page.text
+    labels = {a["data-figure"]: a["aria-label"] for tag, a in page.tags if "data-figure" in a}
+    assert labels.keys() == figures.keys()
+    for label in labels.values():
+        title, _, how = (label or "").partition(". ")
+        assert title
+        assert len(how) > 30
+
+
+def test_the_page_of_a_run_recorded_before_there_were_instruments(old: RunFolder) -> None:
+    path = write_report(old)
+    assert path == old.path / "report.html"
+    text = Page(path).text
     for expected in (
         "demo",
         "Diverged: training left the finite numbers.",
         "the loss of click is inf",
         "AUC 0.7000 over the run; ✓ beats the running mean by item by 0.0500.",
         "RMSE 2.500 over the run, 1.100 of a constant's; ✗ does not beat the running mean of all rows, by 0.2500.",
+        "no verdict",
         "1 h 6 min",
         "1970-01-02 00:00 UTC",
         "12,345",
@@ -140,29 +106,50 @@ def test_the_page_says_what_came_out(run: RunFolder) -> None:
         "0.13%",  # 4 missing of 3000 rows
         "name = 'clippy'",
         "cpu_count",
+        "Update over weight by layer: the table dynamics has no rows.",
+        "Headroom: the table curvature has no rows.",
+        "One layer around the moment: the table dynamics has no rows.",
     ):
         assert expected in text
+    assert "healthy" not in text
 
 
-def test_columns_that_no_task_fills_are_left_out(run: RunFolder) -> None:
-    found = summary()
+def test_columns_that_no_task_fills_are_left_out(old: RunFolder) -> None:
+    found = old_summary()
     del found["tasks"]["click"]["attainable"]
-    run.write_summary(found)
-    text = Page(write_report(run)).text
+    old.write_summary(found)
+    text = Page(write_report(old)).text
     assert "Attainable" not in text
     assert "Baseline" in text
 
 
 def test_a_run_that_was_killed_has_a_report_too(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "killed")
-    text = Page(write_report(tmp_path / "killed")).text
+    RunFolder.create(tmp_path / "empty")
+    text = Page(write_report(tmp_path / "empty")).text
     assert "No summary yet" in text
-    assert "Not drawn" in text
-    fill(run)
-    run.flush()
+    assert "Not drawn: 22 figures without readings" in text
+    assert "No events" in text
+    write_old_run(tmp_path / "killed")
     text = Page(write_report(tmp_path / "killed")).text
     assert "Training loss" in text
-    assert "Not drawn" not in text
+    assert "Not drawn: 14 figures" in text
+
+
+def test_a_run_that_was_killed_shows_the_verdicts_of_its_events(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_tables(steps=1000))
+    (run.path / "summary.json").unlink()
+    page = Page(write_report(run))
+    titles = [a.get("title") or "" for tag, a in page.tags if tag == "i"]
+    assert titles == ["full divergence, step 760 to the end", "micro-divergence, step 400 to 800"]
+
+
+def test_many_healthy_tasks_are_folded_away(tmp_path: Path) -> None:
+    tasks = tuple(f"task_{i}" for i in range(12))
+    run = write_run(tmp_path / "run", make_tables(tasks, steps=400))
+    page = Page(write_report(run))
+    assert "10 healthy tasks" in page.text
+    assert len(page.with_class("results")) == 2
+    assert len(page.with_class("band")) == 12 + 2  # the run's own, and the axis
 
 
 def test_no_report_without_a_run(tmp_path: Path) -> None:
@@ -172,178 +159,101 @@ def test_no_report_without_a_run(tmp_path: Path) -> None:
 
 
 def hostile_run(path: Path) -> RunFolder:
-    """A run in which every name and message tries to break out of its place."""
-    run = RunFolder.create(path)
-    everything = "".join(HOSTILE)
-    fill(run, binary=everything, regression=f"b{everything}", parameter=f"a{everything}")
-    run.write_summary(summary(everything, f"b{everything}", everything))
-    run.write_config(f"name = '{everything}'\n")
-    run.event(3, everything, everything, **{everything: everything})
+    """A run in which every name, message and value tries to break out of its place."""
+    tasks = [f"{letter}{HOSTILE}" for letter in "abc"]
+    run = write_run(path, make_tables(tasks, [f"{HOSTILE}.weight", f"{HOSTILE}.bias"], steps=600), optimizer="adam")
+    run.write_summary(make_summary(HOSTILE, tasks, 600, True, HOSTILE))
+    run.write_config(f"name = '{HOSTILE}'\n")
+    run.event(3, HOSTILE, HOSTILE, **{HOSTILE: HOSTILE})
+    run.event(4, "warning", HOSTILE, level=HOSTILE, task=HOSTILE, layer=HOSTILE, quantities={HOSTILE: HOSTILE})
+    cause = {"task": HOSTILE, "layer": {"name": HOSTILE}, "why": HOSTILE, "sentence": HOSTILE, "state_or_data": HOSTILE}
+    run.write_cause(1, cause | {"rows": [{HOSTILE: HOSTILE, "columns": {HOSTILE: [HOSTILE]}}]})
     return run
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    path = write_report(hostile_run(tmp_path / "run"))
-    page = Page(path)
-    own = [tag for tag, _ in page.tags if tag == "script"]
-    assert len(own) == 4
+    page = Page(write_report(hostile_run(tmp_path / "run")))
+    assert [tag for tag, _ in page.tags].count("script") == 4
     assert "img" not in {tag for tag, _ in page.tags}
     assert SCRIPT in page.text
     assert "{{ 7 * 7 }}" in page.text
-    source = path.read_text(encoding="utf-8")
-    assert SCRIPT not in source
-    assert "<img" not in source
-    data = re.search(r'id="figure-data">(.*?)</script>', source, re.DOTALL)
-    assert data is not None
-    names = [trace.get("name") for trace in json.loads(data[1])["auc"]["data"]]
+    assert SCRIPT not in page.source
+    assert "<img" not in page.source
     # plotly reads tags in its texts, so its JSON holds entities, and no tag of ours
+    names = [trace.get("name") for trace in page.figures()["auc"]["data"]]
     assert any("&lt;script&gt;alert(1)&lt;/script&gt;" in name for name in names)
+    labels = page.figures()["update_map"]["layout"]["yaxis"]["ticktext"]
+    assert not any("<" in label for label in labels)
 
 
-def test_a_figure_without_readings_skips_itself_and_says_so(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run")
-    run.append("steps", 1, {"loss/total": 1.0, "loss/click": 1.0})
-    run.append("steps", 2, {"loss/total": math.nan, "loss/click": math.nan})
-    found = panels(run)
-    assert {key for key, panel in found.items() if panel.figure is not None} == {"loss"}
-    assert found["auc"].missing.startswith("the table windows has no rows")
-    assert found["clip"].missing.startswith("no reading clip_factor in the table steps")
-    text = Page(write_report(run)).text
-    assert "Clip factors: no reading clip_factor in the table steps (the optimizer clips nothing)." in text
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), pytest.param(500, True, marks=pytest.mark.slow)])
+def test_the_page_draws_in_a_browser_without_a_script_error(tmp_path: Path, width: int, dark: bool) -> None:
+    """And no name in it is executed, in the tables or in plotly's own texts."""
+    document = browse(write_report(hostile_run(tmp_path / "run")), tmp_path / "profile", width=width, dark=dark)
+    root = re.search(r"<html[^>]*>", document)
+    assert root is not None
+    assert "data-script-error" not in root[0]
+    assert 'data-figures-drawn="true"' in root[0]
+    assert "data-pwned" not in root[0]
+    assert document.count('<svg class="main-svg"') >= 22
+    assert 'class="js-line"' in document
+    assert "alert(1)" in document
+    assert document.count('aria-pressed="true"') > 20  # the page's own legends
 
 
-def test_a_column_without_a_finite_value_is_no_figure(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run")
-    everything = ("auc/a", "rmse/b", "normalised_rmse/b", "normalised_entropy/a", "calibration/a")
-    run.append("windows", 1, dict.fromkeys(everything, math.nan))
-    run.append("steps", 1, dict.fromkeys(("loss/total", "loss/a", "clip_factor/w", "speed/rows_per_s"), math.inf))
-    assert all(panel.figure is None and panel.missing for panel in panels(run).values())
+class Recorded(RunFolder):
+    """A run whose readings lie in memory: writing 20,000 rows of 5,000 columns takes longer than reading them."""
+
+    tables: Tables
+
+    def readings(self, table: str) -> dict[str, np.ndarray]:
+        return self.tables.get(table, {"step": np.zeros(0, np.int64), "time": np.zeros(0)})
 
 
-def test_auc_is_drawn_with_baseline_and_attainable(run: RunFolder) -> None:
-    figure = panels(run)["auc"].figure
-    assert figure is not None
-    lines = {trace.name: trace for trace in figure.data}
-    np.testing.assert_allclose(lines["click"].y, 0.6 + np.arange(5, 31, 5) / 300)
-    np.testing.assert_array_equal(lines["click"].x, np.arange(5, 31, 5))
-    assert lines["click, baseline"].line.dash == "dash"
-    assert lines["click, attainable"].line.dash == "dot"
-    assert set(lines["click, attainable"].y) == {0.75}
-    assert "500 rows, log time 2023-11-14 22:13" in lines["click"].customdata[0]
-
-
-def test_the_baseline_of_a_regression_is_normalised_alike(run: RunFolder) -> None:
-    figure = panels(run)["error"].figure
-    assert figure is not None
-    lines = {trace.name: trace for trace in figure.data}
-    np.testing.assert_allclose(lines["watch"].y, 0.8)
-    np.testing.assert_allclose(lines["watch, baseline"].y, 2.25 / (2.0 / 0.8))  # over the constant's RMSE, 2 / 0.8
-
-
-def test_a_task_keeps_its_colour(run: RunFolder) -> None:
-    found = panels(run)
-    colours: dict[str, set[str]] = {"click": set(), "watch": set()}
-    for key in ("auc", "error", "loss", "entropy", "calibration"):
-        figure = found[key].figure
-        assert figure is not None
-        for trace in figure.data:
-            if trace.name in colours:
-                colours[trace.name].add(trace.line.color)
-    assert colours == {"click": {PALETTE[0]}, "watch": {PALETTE[1]}}
-
-
-def test_a_loss_that_is_not_finite_is_marked(run: RunFolder) -> None:
-    figure = panels(run)["loss"].figure
-    assert figure is not None
-    lines = {trace.name: trace for trace in figure.data}
-    np.testing.assert_array_equal(lines["not finite"].x, [12])
-    assert math.isnan(lines["total"].y[11])
-    assert figure.layout.yaxis.type == "log"  # from 2 to 1/30
-
-
-def test_clip_factors_by_step_and_by_parameter(run: RunFolder) -> None:
-    found = panels(run)
-    figure = found["clip"].figure
-    assert figure is not None
-    lines = {trace.name: trace for trace in figure.data}
-    np.testing.assert_allclose(lines["minimum"].y[[0, 11]], [0.99, 0.001])
-    np.testing.assert_allclose(lines["median"].y[0], (0.99 + 1) / 2)
-    figure = found["clip_map"].figure
-    assert figure is not None
-    (cells,) = figure.data
-    assert list(cells.y) == ["cross.weight", "tower.bias"]
-    np.testing.assert_allclose(cells.z[0][11], -3)  # on a log scale, as it spans a factor of 1000
-    np.testing.assert_allclose(cells.z[1], 0)
-
-
-def test_events_stand_as_lines_in_every_figure(run: RunFolder) -> None:
-    steps, windows = run.readings("steps"), run.readings("windows")
-    for panel in draw(Readings(steps, windows, ["click", "watch"]), events=[12, 12, 20]):
-        assert panel.figure is not None
-        assert [s.x0 for s in panel.figure.layout.shapes if s.yref == "paper"] == [12, 20]
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(width=32), min_size=1, max_size=300), st.integers(2, 50))
-def test_thinning_keeps_the_extremes(values: list[float], limit: int) -> None:
-    numbers = np.array(values)
-    kept = thin(numbers, limit)
-    assert len(kept) <= max(limit, 1)
-    assert (np.diff(kept) > 0).all()
-    finite = numbers[np.isfinite(numbers)]
-    if len(finite):
-        shown = numbers[kept][np.isfinite(numbers[kept])]
-        assert shown.min() == finite.min()
-        assert shown.max() == finite.max()
+def test_a_large_run_makes_a_page_below_5_mb(tmp_path: Path) -> None:
+    tasks = tuple(f"task_number_{i}" for i in range(20))
+    parts = ("weight", "bias")
+    parameters = [f"trunk.experts.{e}.linear_{i}.{part}" for e in range(25) for i in range(4) for part in parts]
+    RunFolder.create(tmp_path / "run")
+    run = Recorded(tmp_path / "run")
+    run.tables = make_tables(tasks, parameters, steps=400_000, dynamics_every=100)
+    assert len(run.tables["steps"]["step"]) == 20_000
+    for event in make_events(tasks, 400_000):
+        run.event(**event)
+    run.write_summary(make_summary("large", tasks, 400_000, True, "clippy_adagrad"))
+    path = write_report(run)
+    assert path.stat().st_size < 5_000_000
+    assert len(Page(path).figures()) == 22
 
 
 def test_sentences_of_what_cannot_be_said() -> None:
     nothing = {"kind": "binary", "run": {"auc": math.nan}, "baseline": {"feature": "item", "auc": 0.6}}
     assert task_sentence("a", nothing).mark == "bad"
     assert task_sentence("a", {"kind": "binary", "run": {"auc": 0.6}}).verdict == "no baseline to compare with"
+    assert task_sentence("a", {"kind": "binary", "run": {"auc": 0.6}}).state == ""
 
 
-def test_compare_puts_runs_in_rows_with_the_same_columns(run: RunFolder, tmp_path: Path) -> None:
-    RunFolder.create(tmp_path / "killed")
-    first, second = compare([run, tmp_path / "killed"])
-    assert first == {
-        "run": "run",
-        "optimizer": "clippy",
-        "status": "diverged",
-        "rows": 3000,
-        "AUC click": 0.7,
-        "NRMSE watch": 1.1,
-        "rows per second": 1000.0,
-    }
-    assert list(second) == list(first)
-    assert (second["run"], second["status"], second["AUC click"]) == ("killed", "unfinished", None)
-
-
-def browse(path: Path, profile: Path) -> str:
-    """Open a page in headless Chromium and return the document as it stands then."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no chromium on PATH")
-    quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage"]
-    flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    done = subprocess.run(
-        [chromium, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=8000", "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return done.stdout
-
-
-def test_the_page_draws_in_a_browser_without_a_script_error(tmp_path: Path) -> None:
-    """And no name in it is executed, in the tables or in plotly's own texts."""
-    document = browse(write_report(hostile_run(tmp_path / "run")), tmp_path / "profile")
-    root = re.search(r"<html[^>]*>", document)
-    assert root is not None
-    assert "data-script-error" not in root[0]
-    assert 'data-figures-drawn="true"' in root[0]
-    assert "data-pwned" not in root[0]
-    assert document.count('<svg class="main-svg"') >= 8
-    assert 'class="js-line"' in document
-    assert "alert(1)" in document
+@pytest.mark.parametrize(
+    ("verdict", "words", "mark"),
+    [
+        (None, "", ""),
+        ({"verdict": "healthy", "since": None, "episodes": []}, "Healthy throughout", "good"),
+        ({"verdict": "never_learned"}, "Never learned: never better than a constant", "warn"),
+        ({"verdict": "no_verdict"}, "No verdict", ""),
+        ({"verdict": "full_divergence", "since": 0}, "Full divergence since step 0", "bad"),
+        ({"verdict": "micro_divergence", "since": 5}, "Micro-divergence", "warn"),
+        (
+            {"verdict": "micro_divergence", "episodes": [{"first": 5, "last": None}]},
+            "Micro-divergence from step 5",
+            "warn",
+        ),
+        (
+            {"verdict": "micro_divergence", "episodes": [{"first": 1200, "last": 1300}, {"first": 5000, "last": 5100}]},
+            "2 micro-divergences, the first at step 1,200",
+            "warn",
+        ),
+        ({"verdict": "something new"}, "something new", ""),
+    ],
+)
+def test_verdicts_in_words(verdict: dict[str, object] | None, words: str, mark: str) -> None:
+    assert verdict_words(verdict) == (words, mark)
