@@ -12,6 +12,7 @@ from .config import demo as demo_config
 from .console import (
     bar,
     errors,
+    print_cause,
     print_columns,
     print_evaluation,
     print_slices,
@@ -25,8 +26,9 @@ from .data.convert import convert as convert_file
 from .errors import SteadyRankError, check_known
 from .evaluate import evaluate as evaluate_model
 from .predict import predict as predict_log
-from .report.compare import compare as compare_runs
-from .report.page import write_report
+from .replay import replay as replay_step
+from .report import compare as compare_runs
+from .report import write_comparison, write_pngs, write_report
 from .runs import RunFolder, next_folder
 from .sequential import Parts
 from .sequential import run as run_sequentially
@@ -150,15 +152,39 @@ def predict(
 
 
 @app.command(epilog="Example: steadyrank report runs/demo-1")
-def report(run: Run) -> None:
+def report(
+    run: Run,
+    png: Annotated[Path | None, typer.Option("--png", help="Also write each figure as a PNG into this folder.")] = None,
+) -> None:
     """Write a run's report anew: one self-contained HTML page."""
+    folder = RunFolder.open(run)
+    say(f"report: {write_report(folder)}")
+    if png is not None:
+        say(f"{len(write_pngs(folder, png))} figures: {png}")
+
+
+@app.command(epilog="Example: steadyrank replay runs/demo-1 --step 840")
+def replay(
+    run: Run,
+    step: Annotated[int, typer.Option("--step", help="The step, counted from 1.")],
+) -> None:
+    """Do one step of a run again, exactly, and say what stood behind it: task, layer, rows and features."""
+    with bar(f"to step {step:,}", "steps") as progress:
+        found = replay_step(run, step, progress)
+    print_cause(found.cause)
+    say(str(found))
     say(f"report: {write_report(RunFolder.open(run))}")
 
 
-@app.command(epilog="Example: steadyrank compare runs/clippy runs/adagrad")
-def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders.")]) -> None:
-    """Put several runs side by side."""
+@app.command(epilog="Example: steadyrank compare runs/clippy runs/adagrad --out compare.html")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a page with their curves in one.")] = None,
+) -> None:
+    """Put several runs side by side, and their curves over one another."""
     print_columns(compare_runs(runs), "progressive AUC, and RMSE over that of a constant (NRMSE)")
+    if out is not None:
+        say(f"page: {write_comparison(runs, out)}")
 
 
 @app.command(epilog="Example: steadyrank prepare kuairand KuaiRand-1K kuairand.parquet")

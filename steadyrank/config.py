@@ -16,6 +16,7 @@ from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
 from .errors import CheckpointError, ConfigError, near_path, nearest
 from .models.ranker import ModelConfig, Ranker
+from .monitors.watch import WatchConfig
 from .optim import (
     ClippyAdagradConfig,
     OptimizerConfig,
@@ -28,6 +29,7 @@ from .runs import RunFolder
 from .schema import Schema
 from .sequential import Parts, TrainConfig, find_device
 from .settings import Settings
+from .trackers import TrackersConfig
 
 DataConfig = Annotated[LogsConfig | StreamConfig, Field(discriminator="source")]
 
@@ -69,6 +71,10 @@ class RunConfig(Settings):
     """How weights move."""
     train: TrainConfig = TrainConfig()
     """The loop."""
+    watch: WatchConfig = WatchConfig()
+    """The instruments."""
+    trackers: TrackersConfig = TrackersConfig()
+    """Where readings are shown, besides the run folder."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,7 +132,20 @@ class RunConfig(Settings):
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
             "bound": {part: line for part, each in optimizers.items() for line in advice.lines(each, model)},
         }
-        return Parts(self.name, self.schema_, reader, model, optimizers, self.train, device, facts)
+        settings = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return Parts(
+            self.name,
+            self.schema_,
+            reader,
+            model,
+            optimizers,
+            self.train,
+            device,
+            watch=self.watch,
+            trackers=self.trackers,
+            settings=settings,
+            facts=facts,
+        )
 
     def to_toml(self) -> str:
         """Return the whole configuration as TOML; `load` of it gives an equal object."""

@@ -1,5 +1,6 @@
 """What a person sees in the terminal: progress bars and tables."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from .evaluate import Metrics
 from .metrics import share_attainable
+from .monitors.cause import Cause
 from .sequential import OnProgress, Parts
 from .sequential import Progress as RunProgress
 
@@ -20,6 +22,7 @@ console = Console()
 errors = Console(stderr=True)
 
 _FEW_POSITIVES = 1_000
+_FEATURES, _COLUMNS = 5, 5
 
 
 def say(text: str) -> None:
@@ -164,6 +167,33 @@ def print_rows(rows: list[dict[str, Any]], title: str) -> None:
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
+
+
+def print_cause(cause: Cause) -> None:
+    """Print what stood behind a step: a sentence, the unusual features, and the rows that push hardest."""
+    say(f"step {cause.step}: {cause.sentence}")
+    if cause.features:
+        table = Table(title="what is unusual about the batch", box=box.SIMPLE_HEAD)
+        for column in ("feature", "value", "now", "usual", "score", "rows that hold it"):
+            table.add_column(column, justify="left" if column in ("feature", "value") else "right")
+        for feature in cause.features[:_FEATURES]:
+            value = "" if feature.value is None else _cell(feature.value)
+            numbers = [_number(number) for number in (feature.now, feature.usual, feature.score)]
+            name = escape(f"{feature.feature} ({feature.view})")
+            table.add_row(name, value, *numbers, f"{feature.held_frac:.0%}")
+        console.print(table)
+    rows = [
+        {"row": row.row, "loss": row.loss, "gradient": row.gradient, "task": row.task, **_few(row.columns)}
+        for row in cause.rows
+    ]
+    if rows:
+        print_rows(rows, "the rows that push the weights hardest")
+
+
+def _few(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first plain columns of a row of the log: a terminal holds no more, and no lists."""
+    plain = {name: value for name, value in columns.items() if isinstance(value, str | int | float)}
+    return dict(itertools.islice(plain.items(), _COLUMNS))
 
 
 def print_columns(rows: list[dict[str, Any]], title: str) -> None:

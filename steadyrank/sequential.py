@@ -20,11 +20,14 @@ from torch.optim import Optimizer
 
 from .data.logs import Cursor, Reader
 from .errors import CheckpointError, ConfigError, DataError, DivergenceError, SteadyRankError
+from .instruments import Instruments
+from .monitors.watch import WatchConfig
 from .report.page import write_report
 from .runs import RunFolder
 from .schema import Batch, Schema
 from .scoreboard import Scoreboard
 from .settings import Settings
+from .trackers import Trackers, TrackersConfig, open_trackers
 from .train import Readings, Step, fit
 
 
@@ -45,8 +48,6 @@ class TrainConfig(Settings):
     """Checkpoints kept, the newest."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """After a step whose loss or gradient is not finite (its update is left out): stop the run, or count and go on."""
-    tensorboard: bool = True
-    """Write TensorBoard event files beside the readings."""
 
 
 @dataclass
@@ -60,6 +61,10 @@ class Parts:
     optimizers: dict[str, Optimizer]
     config: TrainConfig
     device: torch.device
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The whole configuration, for the trackers."""
     facts: dict[str, Any] = field(default_factory=dict)
     """More for the summary: sizes of the model, names of the optimizers."""
 
@@ -142,17 +147,29 @@ class _Session:
         self.readings = Readings(
             list(parts.schema.tasks), parts.model.named_parameters(), list(parts.optimizers.values())
         )
+        self.trackers = Trackers([])
         self._pending: list[tuple[Batch, Tensor]] = []
         self._next = self.cursor
         self._mark = (time.perf_counter(), 0)
-        self._board_writer = _tensorboard(folder, parts.config.tensorboard)
+        self.instruments: Instruments | None = None
+        if parts.watch.enabled:
+            optimizers = list(parts.optimizers.values())
+            self.instruments = Instruments(parts.model, optimizers, parts.reader, parts.watch, folder, self._write)
 
     def loop(self, stop: threading.Event) -> None:
         """Score and learn every batch from the cursor on, until the log ends or `stop` is set."""
         config = self.parts.config
+        self.trackers = open_trackers(
+            self.parts.trackers, self.folder, self.parts.name, self.parts.settings, resumed_at=self.step or None
+        )
         self._mark = (time.perf_counter(), self.rows)
         steps = fit(
-            self.parts.model, self.parts.optimizers, self._batches(), self.parts.schema.tasks, device=self.parts.device
+            self.parts.model,
+            self.parts.optimizers,
+            self._batches(),
+            self.parts.schema.tasks,
+            device=self.parts.device,
+            watch=self.instruments.watch if self.instruments else None,
         )
         for batch, outcome in steps:
             self._note(batch, outcome)
@@ -176,13 +193,14 @@ class _Session:
             self._close_window()
         if self.step:
             self.checkpoint()
+        if self.instruments is not None and status != "interrupted":
+            self.instruments.watch.finish(stopped=status == "diverged")
         if status != "finished":
             self.folder.event(self.step, status, message)
         summary = self._summary(status, message)
         self.folder.write_summary(summary)
         self.folder.flush()
-        if self._board_writer is not None:
-            self._board_writer.close()
+        self.trackers.close(ok=status == "finished")
         write_report(self.folder)
         return summary
 
@@ -206,6 +224,8 @@ class _Session:
             self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
             self.first_time, self.last_time = state["first_time"], state["last_time"]
             self.readings.bad_steps = state["bad_steps"]
+            if self.instruments is not None:
+                self.instruments.load_state_dict(state["instruments"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{self.folder.path}: the checkpoint belongs to another model or version ({error}); start anew"
@@ -233,11 +253,18 @@ class _Session:
             "model": self.parts.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.parts.optimizers.items()},
             "board": self.board.state_dict(),
+            "instruments": {} if self.instruments is None else self.instruments.state_dict(),
         }
 
     def _batches(self) -> Iterator[Batch]:
-        for batch, cursor in self.parts.reader.batches(self.cursor):
+        reader, window = self.parts.reader, self.cursor.window
+        for batch, cursor in reader.batches(self.cursor):
             self._next = cursor
+            if self.instruments is not None:
+                if cursor.window != window:
+                    self.instruments.begin_window(batch)
+                self.instruments.expect(last_of_window=reader.left == 0)
+            window = cursor.window
             yield batch
 
     def _note(self, batch: Batch, outcome: Step) -> None:
@@ -250,12 +277,16 @@ class _Session:
         self.last_time = high if self.last_time is None else max(high, self.last_time)
         self.readings.add(self.step, outcome)
         self._pending.append((batch, outcome.scores))
+        if self.instruments is not None:
+            self.instruments.note(batch)
 
     def _flush(self) -> None:
         """Fetch what the steps since the last flush left on the device, and write it down."""
         row = self.readings.fetch()
         if not row:
             return
+        if self.instruments is not None:
+            row |= self.instruments.flush()
         now = time.perf_counter()
         elapsed = now - self._mark[0]
         speed = (self.rows - self._mark[1]) / elapsed if elapsed > 0 else math.nan
@@ -265,7 +296,7 @@ class _Session:
             self.board.add(batch, scores_BK)
         self._pending.clear()
         self._mark = (now, self.rows)
-        self._write("steps", {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
+        self._write("steps", self.step, {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
             self.on_progress(
@@ -291,14 +322,14 @@ class _Session:
         row = self.board.close_window()
         if row:
             row |= {"log/rows": float(self.rows), "log/time_s": (self.last_time or 0) / 1e6}
-            self._write("windows", row)
+            self._write("windows", self.step, row)
+            if self.instruments is not None:
+                self.instruments.watch.window(row)
             self.folder.flush()
 
-    def _write(self, table: str, row: Mapping[str, float]) -> None:
-        self.folder.append(table, self.step, row)
-        if self._board_writer is not None:
-            for name, value in row.items():
-                self._board_writer.add_scalar(name, value, self.step)
+    def _write(self, table: str, step: int, row: Mapping[str, float]) -> None:
+        self.folder.append(table, step, row)
+        self.trackers.log(table, step, row)
 
     def _summary(self, status: str, message: str) -> dict[str, Any]:
         missing = self.parts.reader.missing
@@ -315,8 +346,16 @@ class _Session:
             "last_time_s": None if self.last_time is None else self.last_time / 1e6,
             "missing": missing.as_dict(),
             **self.parts.facts,
-            "tasks": self.board.summary(),
+            "tasks": self._outcomes(),
         }
+
+    def _outcomes(self) -> dict[str, Any]:
+        """Return what each task reached, with its verdict."""
+        tasks = self.board.summary()
+        if self.instruments is not None:
+            for name, verdict in self.instruments.watch.verdicts.summary().items():
+                tasks[name]["verdict"] = verdict
+        return tasks
 
 
 def find_device(name: str) -> torch.device:
@@ -335,14 +374,6 @@ def find_device(name: str) -> torch.device:
             f"train.device = '{name}' is not to be had here: {error}; 'auto' takes what there is"
         ) from error
     return device
-
-
-def _tensorboard(folder: RunFolder, wanted: bool) -> Any:
-    if not wanted:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # heavy: loads protobuf
-
-    return SummaryWriter(str(folder.tensorboard_path()))
 
 
 @contextmanager

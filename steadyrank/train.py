@@ -3,6 +3,7 @@
 Shapes: B rows, K tasks, P parameters.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
+from .monitors.watch import Watch
 from .schema import Batch, Task
 
 
@@ -26,6 +28,8 @@ class Verdict(NamedTuple):
     """Tasks whose loss is not finite."""
     bad_parameters: Bool[Tensor, " parameters"]
     """Parameters whose gradient is not finite, in the order of those that have one."""
+    largest: Float[Tensor, " parameters"]
+    """The largest coordinate of each gradient, in the same order; infinite where it is not finite."""
 
 
 class Step(NamedTuple):
@@ -40,7 +44,13 @@ class Step(NamedTuple):
     verdict: Verdict
 
 
-def train_step(model: nn.Module, optimizers: Iterable[Optimizer], batch: Batch, tasks: Sequence[Task]) -> Step:
+def train_step(
+    model: nn.Module,
+    optimizers: Iterable[Optimizer],
+    batch: Batch,
+    tasks: Sequence[Task],
+    watch: Watch | None = None,
+) -> Step:
     """Score a batch as serving would, then learn it, unless a loss or gradient is not finite.
 
     Args:
@@ -49,15 +59,20 @@ def train_step(model: nn.Module, optimizers: Iterable[Optimizer], batch: Batch, 
         optimizers: All take a step, or none does.
         batch: On the model's device.
         tasks: In the order of the logits' columns.
+        watch: Instruments, of this model and these optimizers.
     """
     scores_BK, logits_BK = _forward(model, batch)
     total, parts_K = multitask_loss(logits_BK, batch.labels, batch.weights, tasks)
     optimizers = list(optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    if watch is not None:
+        watch.losses(parts_K, logits=logits_BK)
     total.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     verdict = guard(parameters, parts_K.detach())
+    if watch is not None:
+        watch.gradients(verdict.largest)
     # On a CPU asking is free, and no step at all leaves any optimizer as it was. On a GPU asking would be a host sync:
     # the guard has put zeros in place of the gradients, which the Adagrad family answers by staying where it is.
     if verdict.ok.device.type != "cpu" or bool(verdict.ok):
@@ -78,12 +93,13 @@ def guard(parameters: Iterable[nn.Parameter], losses_K: Float[Tensor, " tasks"])
     # The largest coordinate, not the L2 norm: finite gradients must not overflow to a bad verdict.
     largest = iter(torch._foreach_norm(filled, ord=float("inf")) if filled else ())
     norms = [next(largest).to(losses_K) if value.numel() else losses_K.new_zeros(()) for value in values]
-    bad_parameters_P = ~torch.isfinite(torch.stack(norms)) if norms else bad_tasks_K.new_zeros(0)
+    norms_P = torch.stack(norms) if norms else losses_K.new_zeros(0)
+    bad_parameters_P = ~torch.isfinite(norms_P)
     ok = ~(bad_tasks_K.any() | bad_parameters_P.any())
     if ok.device.type != "cpu" or not bool(ok):
         for value in values:
             value.copy_(torch.where(ok, value, torch.zeros((), dtype=value.dtype, device=value.device)))
-    return Verdict(ok, bad_tasks_K, bad_parameters_P)
+    return Verdict(ok, bad_tasks_K, bad_parameters_P, norms_P.nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -198,6 +214,7 @@ def fit(
     batches: Iterable[Batch],
     tasks: Mapping[str, Task],
     device: torch.device | str = "cpu",
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Batch, Step]]:
     """Learn batches one by one, yielding each (where it lay) with its step's outcome.
 
@@ -224,4 +241,4 @@ def fit(
     ordered = list(tasks.values())
     model.train()
     for batch in batches:
-        yield batch, train_step(model, held, batch.to(device, non_blocking=True), ordered)
+        yield batch, train_step(model, held, batch.to(device, non_blocking=True), ordered, watch)

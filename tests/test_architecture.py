@@ -14,11 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["console", "start", "replay", "ladder"],
+    ["console", "start", "replay", "lightning", "ladder"],
     ["config"],
     ["sequential", "predict"],
     ["recovery"],
-    ["train", "scoreboard"],
+    ["instruments", "trackers", "train", "scoreboard"],
     ["data", "models", "losses", "evaluate", "distributed", "report"],
     ["monitors"],
     ["optim", "schema", "metrics", "runs"],

@@ -13,7 +13,7 @@ from steadyrank.cli import main
 from steadyrank.runs import RunFolder
 
 Call = Callable[..., tuple[int, str, str]]
-FAST = ["--set", "train.tensorboard=false", "--set", "model.trunk={kind='shared_bottom', widths=[8]}"]
+FAST = ["--set", "trackers.tensorboard=false", "--set", "model.trunk={kind='shared_bottom', widths=[8]}"]
 
 
 @pytest.fixture

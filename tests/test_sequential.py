@@ -87,7 +87,7 @@ def config_one_batch() -> RunConfig:
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    folder = train(tiny("train.tensorboard=true"), tmp_path / "run", on_progress=seen.append)
+    folder = train(tiny("trackers.tensorboard=true"), tmp_path / "run", on_progress=seen.append)
     summary = folder.summary()
     assert summary["status"] == "finished"
     assert summary["rows"] == 2560
@@ -104,7 +104,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert factors
     for name in factors:
         assert np.all((folder.readings("steps")[name] >= 0) & (folder.readings("steps")[name] <= 1))
-    assert RunConfig.from_toml(folder.config_text()) == tiny("train.tensorboard=true")
+    assert RunConfig.from_toml(folder.config_text()) == tiny("trackers.tensorboard=true")
 
 
 def test_ctrl_c_ends_cleanly_with_a_checkpoint_to_resume(tmp_path: Path) -> None:
@@ -138,6 +138,7 @@ trunk = {{ kind = "shared_bottom", widths = [4] }}
 [train]
 window_steps = 2
 log_every = 2
+[trackers]
 tensorboard = false
 [schema]
 time = "t"
@@ -206,7 +207,7 @@ def test_a_step_that_is_not_finite_stops_and_is_named(tmp_path: Path) -> None:
         train(config, tmp_path / "run")
     folder = RunFolder.open(tmp_path / "run")
     assert folder.summary()["status"] == "diverged"
-    assert folder.events()[0]["kind"] == "bad_step"
+    assert [event for event in folder.events() if event["kind"] == "bad_step"]
     for value in weights_of(folder).values():
         assert torch.isfinite(value).all()
 

@@ -28,6 +28,8 @@ cross = { layers = 1, layer_norm = true }
 [train]
 log_every = 3
 window_steps = 5
+
+[trackers]
 tensorboard = false
 """
 

@@ -1,0 +1,192 @@
+"""The instruments of a run: a `Watch`, what a cause report needs to remember, and where readings go."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .data.logs import Reader
+from .data.rows import find_rows
+from .losses import multitask_loss
+from .monitors.cause import Cause, Earlier, Trail, find_cause
+from .monitors.tables import Field
+from .monitors.unusual import Reference
+from .monitors.watch import Watch, WatchConfig
+from .runs import RunFolder
+from .schema import Batch, Schema
+
+_CAUSES = 5  # in one run: each takes some seconds
+_CAUSES_APART = 200
+
+
+class Instruments:
+    """All that watches a run of ours.
+
+    Args:
+        model: What is trained.
+        optimizers: All of them.
+        reader: Gives the batches, and single rows of the log again.
+        config: Periods and thresholds.
+        folder: Takes readings, events and cause reports.
+        write: Takes a table, a step and a row of readings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        reader: Reader,
+        config: WatchConfig,
+        folder: RunFolder,
+        write: Callable[[str, int, Mapping[str, float]], None],
+    ) -> None:
+        self.model, self.reader, self.config, self.folder = model, reader, config, folder
+        self.schema = reader.schema
+        tasks = self.schema.tasks
+        self.watch = Watch(
+            model,
+            optimizers,
+            {name: task.kind for name, task in tasks.items()},
+            config=config,
+            flush_every=0,
+            fields=find_fields(model, self.schema),
+            loss_weights=[task.loss_weight for task in tasks.values()],
+            out=folder,
+            write=write,
+        )
+        self.reference = Reference()
+        self._dense = [(n, p) for n, p in model.named_parameters() if n not in self._table_names()]
+        self._snapshots: list[tuple[int, dict[str, Tensor]]] = []
+        self._recent: list[tuple[int, Batch]] = []
+        self._explained: list[int] = []
+        self._looked_ahead = 0
+
+    def expect(self, last_of_window: bool) -> None:
+        """Prepare for the coming step; after the last one of a window, headroom is measured on the next window."""
+        due = self.watch.step + 1 - self._looked_ahead >= self.config.curvature_every
+        if last_of_window and due:
+            self._looked_ahead = self.watch.step + 1
+            self.watch.keep_update = True
+
+    def begin_window(self, batch: Batch) -> None:
+        """Measure headroom on the first batch of a window, before anything of it is learned."""
+        if self.watch.headroom_is_due:
+            self.watch.headroom(lambda: self._losses_of(batch), "headroom_next")
+
+    def note(self, batch: Batch) -> None:
+        """Look at the step just made; `batch` as the reader gave it. No host sync."""
+        step = self.watch.step
+        self.reference.add(step, batch)
+        self._recent.append((step, batch))
+        if self.watch.headroom_is_due:
+            self.watch.headroom(lambda: self._losses_of(batch))
+        if step % self.config.snapshot_every == 0:
+            self._snapshots = [*self._snapshots, (step, {n: p.detach().clone() for n, p in self._dense})][-2:]
+
+    def flush(self) -> dict[str, float]:
+        """Bring the readings to the host; judge, warn, and explain what calls for it. Returns the largest signals."""
+        alerts, changes = len(self.watch.alerts), len(self.watch.changes)
+        row = self.watch.flush()
+        alarms = [(a.step, a.reason) for a in self.watch.alerts[alerts:] if a.level == "alarm"]
+        began = [(c.step, f"{c.task}: {c.reason}") for c in self.watch.changes[changes:] if c.verdict == "suspected"]
+        if alarms or began:
+            self._explain(*min(alarms + began))
+        self._recent.clear()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to see the same; copies of earlier weights are not kept."""
+        return {
+            "watch": self.watch.state_dict(),
+            "reference": self.reference.state_dict(),
+            "explained": list(self._explained),
+            "looked_ahead": self._looked_ahead,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.watch.load_state_dict(state["watch"])
+        self.reference.load_state_dict(state["reference"])
+        self._explained, self._looked_ahead = list(state["explained"]), state["looked_ahead"]
+
+    def _table_names(self) -> list[str]:
+        names = getattr(self.model, "table_names", list)
+        return list(names())
+
+    def _losses_of(self, batch: Batch) -> Float[Tensor, " tasks"]:
+        """Return the weighted losses of a batch, as training would meet them; nothing is counted or learned."""
+        tasks = list(self.schema.tasks.values())
+        here = batch.to(next(self.model.parameters()).device, non_blocking=True)
+        with _evaluating(self.model):
+            both = getattr(self.model, "forward_both", None)
+            logits_BK = self.model(here) if both is None else both(here).training
+        losses_K = multitask_loss(logits_BK, here.labels, here.weights, tasks).parts
+        return torch.stack([task.loss_weight * loss for task, loss in zip(tasks, losses_K.unbind(), strict=True)])
+
+    def _explain(self, step: int, why: str) -> None:
+        """Find what stood behind a step, and write it down: some seconds, so a few times in a run at most."""
+        if len(self._explained) >= _CAUSES or (self._explained and step - self._explained[-1] < _CAUSES_APART):
+            return
+        self._explained.append(step)
+        step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
+        with _evaluating(self.model):
+            cause = self.find_cause(step, batch, why, self._earlier(step))
+        path = self.folder.write_cause(step, cause.as_dict())
+        self.folder.event(
+            step,
+            "cause",
+            cause.sentence,
+            file=f"{path.parent.name}/{path.name}",
+            task=cause.task,
+            layer=cause.layer.name if cause.layer else "",
+            feature=cause.feature,
+        )
+
+    def find_cause(self, step: int, batch: Batch, why: str, earlier: Earlier | None) -> Cause:
+        """Find what stood behind a step, with all that is remembered."""
+        watch = self.watch
+        steps_T, losses_TK, gradients_TP = watch.recent()
+        before = steps_T < step
+        return find_cause(
+            step,
+            self.model,
+            batch,
+            self.schema,
+            multitask_loss,
+            self.reference,
+            losses_TK=losses_TK[before],
+            trails=[Trail("gradient", watch.parameters, steps_T[steps_T <= step], gradients_TP[steps_T <= step])],
+            earlier=earlier,
+            why=why,
+            look_up=lambda rows: find_rows(self.reader.source, rows).to_pylist(),
+        )
+
+    def _earlier(self, step: int) -> Earlier | None:
+        """Return the dense weights of some steps earlier: those that are at least `snapshot_every` steps old."""
+        old = [(then, state) for then, state in self._snapshots if step - then >= self.config.snapshot_every]
+        return Earlier(step - old[-1][0], old[-1][1]) if old else None
+
+
+def find_fields(model: nn.Module, schema: Schema) -> list[Field]:
+    """Return where each embedding table lies in the weight matrix of its width."""
+    names = dict(model.named_parameters())
+    found = []
+    for table, slot in schema.tables.items():
+        parameter = f"tables.weights.width_{slot.width}"
+        if parameter in names:
+            found.append(Field(table, parameter, slot.start, slot.rows))
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
