@@ -15,6 +15,8 @@ from .metrics import TaskMetrics as TaskMetrics
 from .models.ranker import ModelConfig as ModelConfig
 from .models.ranker import Ranker as Ranker
 from .models.ranker import paper_model as paper_model
+from .monitors.watch import Watch as Watch
+from .monitors.watch import WatchConfig as WatchConfig
 from .optim.baselines import RowWiseAdagrad as RowWiseAdagrad
 from .optim.clippy import PRESETS as PRESETS
 from .optim.clippy import ClippyAdagrad as ClippyAdagrad

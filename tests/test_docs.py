@@ -69,6 +69,23 @@ def test_the_examples_of_the_optimizers_page_run(capsys: pytest.CaptureFixture[s
     assert "inert: no update can exceed the bound at this rate" in capsys.readouterr().out
 
 
+def test_the_example_of_the_instruments_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "instruments.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert snippets
+    torch.manual_seed(0)
+    for snippet in snippets:
+        exec(snippet, {})
+    assert "60 steps, no warning" in capsys.readouterr().out
+
+
+def test_the_instruments_page_names_every_period() -> None:
+    page = (ROOT / "docs" / "instruments.md").read_text()
+    for name, field in steadyrank.WatchConfig.model_fields.items():
+        if name.endswith("_every") and name not in ("snapshot_every", "rank_every"):
+            assert f"`watch.{name}` = {field.default}" in page
+
+
 def test_the_optimizers_page_names_every_option_and_rule() -> None:
     page = (ROOT / "docs" / "optimizers.md").read_text()
     options = set(inspect.signature(steadyrank.ClippyAdagrad).parameters) - {"params", "maximize"}
@@ -83,7 +100,7 @@ def test_the_optimizers_page_names_every_option_and_rule() -> None:
         "README.md",
         "CONTRIBUTING.md",
         "recipes/README.md",
-        *(f"docs/{p}" for p in ("data.md", "log.md", "optimizers.md")),
+        *(f"docs/{p}" for p in ("data.md", "instruments.md", "log.md", "optimizers.md")),
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:
@@ -96,7 +113,7 @@ def test_the_commands_of_the_pages_exist() -> None:
     from steadyrank.cli import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
-    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/data.md", "recipes/README.md"))
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/data.md", "docs/instruments.md", "recipes/README.md"))
     used = set(re.findall(r"^steadyrank (\w+)", text, re.M)) | set(re.findall(r"`steadyrank (\w+)", text))
     assert used <= known
     make = (ROOT / "Makefile").read_text()
