@@ -111,8 +111,9 @@ def measure_headroom(
     Args:
         losses: Gives the K losses on the held batch with the weights as they are, [K] or one number; no gradient is
             taken. Weighted as in the total, which is their sum. On the batch of the step it tells how large the step
-            could have been; on the next window's, before that is learned, what the step does to data to come. It must
-            give the same answer for the same weights: no dropout, no running statistics that grow (use eval mode).
+            could have been; on the next window's, before that is learned, what the step does to data to come. There
+            one reading is mostly noise, for which no step is a descent: take many rows and many readings. It must give
+            the same answer for the same weights: no dropout, no running statistics that grow (use eval mode).
         updates: The last step's, of every parameter that it changed (`find_updates`).
         lr: The learning rate of that step, for the critical sharpness.
 
