@@ -85,14 +85,14 @@ class Instruments:
         if self.watch.headroom_is_due:
             self.watch.headroom(lambda: self._losses_of(batch))
         if step % self.config.snapshot_every == 0:
-            self._snapshots = [*self._snapshots, (step, {n: p.detach().clone() for n, p in self._dense})][-2:]
+            self._snapshots = [*self._snapshots, (step, {n: p.detach().clone() for n, p in self._dense})][-3:]
 
     def flush(self) -> dict[str, float]:
         """Bring the readings to the host; judge, warn, and explain what calls for it. Returns the largest signals."""
         alerts, changes = len(self.watch.alerts), len(self.watch.changes)
         row = self.watch.flush()
         alarms = [(a.step, a.reason) for a in self.watch.alerts[alerts:] if a.level == "alarm"]
-        began = [(c.step, f"{c.task}: {c.reason}") for c in self.watch.changes[changes:] if c.verdict == "suspected"]
+        began = [(c.since, f"{c.task}: {c.reason}") for c in self.watch.changes[changes:] if c.verdict == "suspected"]
         if alarms or began:
             self._explain(*min(alarms + began))
         self._recent.clear()
@@ -132,9 +132,10 @@ class Instruments:
         if len(self._explained) >= _CAUSES or (self._explained and step - self._explained[-1] < _CAUSES_APART):
             return
         self._explained.append(step)
+        since = step
         step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
-        with _evaluating(self.model):
-            cause = self.find_cause(step, batch, why, self._earlier(step))
+        with self.watch.paused():
+            cause = self.find_cause(step, batch, why, self._earlier(step), since)
         path = self.folder.write_cause(step, cause.as_dict())
         self.folder.event(
             step,
@@ -146,7 +147,7 @@ class Instruments:
             feature=cause.feature,
         )
 
-    def find_cause(self, step: int, batch: Batch, why: str, earlier: Earlier | None) -> Cause:
+    def find_cause(self, step: int, batch: Batch, why: str, earlier: Earlier | None, since: int) -> Cause:
         """Find what stood behind a step, with all that is remembered."""
         watch = self.watch
         steps_T, losses_TK, gradients_TP = watch.recent()
@@ -161,6 +162,7 @@ class Instruments:
             losses_TK=losses_TK[before],
             trails=[Trail("gradient", watch.parameters, steps_T[steps_T <= step], gradients_TP[steps_T <= step])],
             earlier=earlier,
+            since=since,
             why=why,
             look_up=lambda rows: find_rows(self.reader.source, rows).to_pylist(),
         )

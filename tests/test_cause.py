@@ -120,6 +120,18 @@ def test_data_or_state(now: float, then: float, usual_now: Sequence[RowReadings]
     assert compare_states(0, readings(now), readings(then), usual_now, USUAL) == expected
 
 
+def test_a_state_that_is_bad_in_another_task_than_the_leading_one_is_bad() -> None:
+    def two(first: float, second: float) -> RowReadings:
+        one, other = readings(first), readings(second)
+        parts = zip(one.__dict__.values(), other.__dict__.values(), strict=True)
+        return RowReadings(*(torch.cat(pair, -1) for pair in parts))
+
+    usual, drifted = [two(x, x) for x in (0.9, 1.0, 1.1, 1.0)], [two(x, 50 * x) for x in (0.9, 1.0, 1.1, 1.0)]
+    assert compare_states(0, two(1.0, 50.0), two(1.0, 1.0), drifted, usual) == "state"
+    assert compare_states(0, two(1.0, 50.0), two(1.0, 50.0), usual, usual) == "neither"
+    assert compare_states(1, two(1.0, 50.0), two(1.0, 50.0), usual, usual) == "data"
+
+
 def test_the_gradient_alone_can_tell_data_from_state() -> None:
     assert compare_states(0, readings(1.0, 1e3), readings(1.0, 1e3), USUAL, USUAL) == "data"
 
@@ -196,6 +208,7 @@ def test_a_state_that_broke_is_told_from_the_data() -> None:
     cause = examine(model, batch, earlier=earlier, losses_TK=losses)
     assert cause.state_or_data == "state"
     assert cause.task != ""
+    assert cause.tasks[cause.task].loss > 2 * cause.tasks[cause.task].usual_loss
     assert cause.features == []
     assert "No feature and no label is unusual." in cause.sentence
     # Weights that are left out of the earlier state are taken as they are now.

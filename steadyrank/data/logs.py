@@ -258,7 +258,7 @@ class Reader:
             skip = 0
 
     def in_order(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Batch]:
-        """Yield the log as it lies in its files, a piece at a time, to score; `progress` gets the rows so far, and all."""
+        """Yield the log as it lies in its files, a piece at a time, to score; `progress` gets rows done, and all."""
         rows = 0
         for table, place in self.source.pieces(0, self.encoder.columns):
             batch, counted = self.encoder.encode(table, place, rows)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ class Earlier(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskReading:
-    """One task at the bad step, beside what is usual for it."""
+    """One task at the bad step, beside what is usual for it; where the state is bad, usual on the earlier one."""
 
     loss: float
     usual_loss: float
@@ -203,14 +204,13 @@ def find_cause(
     few = usual[-_USUAL_READ:]
     usual_now = [read(each) for each in few]
     by_task = _read_tasks(schema, readings, usual_now, losses_TK)
-    lead = max(by_task, key=lambda name: by_task[name].score)
-    task = lead if by_task[lead].score >= UNUSUAL else ""
     verdict: StateOrData = "unknown"
     if earlier is not None and len(few) >= FEWEST:
-        usual_then = [read(each, earlier.state) for each in few]
-        verdict = compare_states(
-            list(schema.tasks).index(lead), readings, read(batch, earlier.state), usual_now, usual_then
-        )
+        then, usual_then = read(batch, earlier.state), [read(each, earlier.state) for each in few]
+        verdict = compare_states(list(by_task).index(_lead(by_task)), readings, then, usual_now, usual_then)
+        if verdict == "state":  # on which usual batches are bad too, so that none of them stands out
+            by_task = _read_tasks(schema, readings, usual_then, None)
+    lead = _lead(by_task)
     here = batch.to("cpu")
     found = [f for f in find_unusual(here, usual, schema) if f.score >= UNUSUAL]
     worst, odd = _pick_rows(readings, found)
@@ -222,7 +222,7 @@ def find_cause(
     cause = Cause(
         step=step,
         why=why,
-        task=task,
+        task=lead if by_task[lead].score >= UNUSUAL else "",
         layer=layer,
         state_or_data=verdict,
         earlier_steps=None if earlier is None else earlier.steps,
@@ -282,26 +282,30 @@ def find_layer(trails: Sequence[Trail], began: int) -> Layer | None:
 
 
 def compare_states(
-    k: int, now: RowReadings, then: RowReadings, usual_now: Sequence[RowReadings], usual_then: Sequence[RowReadings]
+    lead: int, now: RowReadings, then: RowReadings, usual_now: Sequence[RowReadings], usual_then: Sequence[RowReadings]
 ) -> StateOrData:
-    """Say whether the data or the state is bad, by loss and gradient of task `k`.
+    """Say whether the data or the state is bad, by losses and gradients.
 
-    Data: the batch on the earlier state (`then`) lies out of the range of usual batches on it. State: usual batches on
-    the present state do, in the middle. Both: both do; or only this batch on the present state (`now`) does. Neither:
-    nothing does.
+    Data: on the earlier state too (`then`) the batch lies out of the range of usual batches in the leading task. State:
+    usual batches on the present state lie out of their range on the earlier one, in the middle and in any task. Both:
+    both; or only this batch on the present state (`now`) lies out of it. Neither: nothing does.
     """
-    sizes: list[Callable[[RowReadings], float]] = [lambda r: float(r.losses_K[k]), lambda r: float(r.gradients_K[k])]
+    sizes: list[Callable[[RowReadings], Tensor]] = [lambda r: r.losses_K, lambda r: r.gradients_K]
     data = state = bad = False
     for size in sizes:
-        range_then = [size(each) for each in usual_then]
-        data |= score_log(size(then), range_then) > OUT_OF_RANGE
-        present = [size(each) for each in usual_now]
-        middle = float(np.median(present)) if all(map(math.isfinite, present)) else math.inf
-        state |= score_log(middle, range_then) > OUT_OF_RANGE
-        bad |= score_log(size(now), range_then) > OUT_OF_RANGE
+        range_UK = torch.stack([size(each) for each in usual_then]).cpu().numpy()
+        present_UK = torch.stack([size(each) for each in usual_now]).nan_to_num(nan=math.inf)
+        for k, middle in enumerate(present_UK.median(0).values.tolist()):
+            state |= score_log(middle, range_UK[:, k]) > OUT_OF_RANGE
+        data |= score_log(float(size(then)[lead]), range_UK[:, lead]) > OUT_OF_RANGE
+        bad |= score_log(float(size(now)[lead]), range_UK[:, lead]) > OUT_OF_RANGE
     if data != state:
         return "data" if data else "state"
     return "both" if data or bad else "neither"
+
+
+def _lead(tasks: Mapping[str, TaskReading]) -> str:
+    return max(tasks, key=lambda name: tasks[name].score)
 
 
 def _read_tasks(

@@ -3,7 +3,8 @@
 Shapes: K tasks, P parameters, T steps since the last flush, B rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class WatchConfig(Settings):
     dead_batches: int = Setting(default=3, ge=1)
     """Looks in which a unit must be silent, one after the other, to count as dead."""
     snapshot_every: int = Setting(default=100, ge=1)
-    """Steps between two copies of the dense weights, two of which are kept: what a cause report tries a batch on."""
+    """Steps between two copies of the dense weights, three of which are kept: what a cause report tries a batch on."""
     warning: WarningConfig = WarningConfig()
     """When to warn."""
     verdict: VerdictConfig = VerdictConfig()
@@ -266,6 +267,17 @@ class Watch:
         self._note(self.verdicts.final(self.step, stopped=stopped))
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing of the forward passes made inside: those of somebody who examines the model."""
+        self._dead.active = self._gates.active = False
+        if self._conflict is not None:
+            self._conflict.active = False
+        try:
+            yield
+        finally:
+            self._expect()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the instruments remember between flushes, as tensors and plain values."""
