@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,12 +74,9 @@ class WatchCallback(Callback):  # type: ignore[misc]  # mypy runs without Lightn
         self._state: dict[str, Any] = {}
         self._earlier: list[Tensor] = []  # losses of the batches whose gradients wait for the step
         self._ends_in_step = True
-        self._handles: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, when the optimizers are there and a checkpoint has been taken up."""
-        # Before those of the Watch, so that they find the gradients of the step that they stand before.
-        self._handles = [each.register_step_pre_hook(_run_closure) for each in trainer.optimizers]
         folder = None
         if self._out is not None and trainer.is_global_zero:
             folder = RunFolder.open(self._out) if self._state else RunFolder.create(self._out)
@@ -132,8 +128,6 @@ class WatchCallback(Callback):  # type: ignore[misc]  # mypy runs without Lightn
             return
         watch, self.watch = self.watch, None
         self.summary = watch.close()
-        for handle in self._handles:
-            handle.remove()
         if watch.step == 0 and trainer.global_step > 0:
             raise ConfigError(self._how())
 
@@ -172,12 +166,3 @@ class WatchCallback(Callback):  # type: ignore[misc]  # mypy runs without Lightn
             f"WatchCallback found no losses before a backward pass; in training_step, write self.{self._losses} = "
             f"losses, one for each of {list(self._tasks)} with its graph, before you return the total"
         )
-
-
-def _run_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run forward and backward, which Lightning hands to `optimizer.step` as a closure, before the step begins."""
-    closure = kwargs.get("closure")
-    if closure is None or isinstance(optimizer, LBFGS):  # which runs it many times
-        return None
-    loss = closure()
-    return args, {**kwargs, "closure": lambda: loss}

@@ -78,7 +78,7 @@ class Watch:
         tasks: Names of the tasks, in the order of the losses; a mapping says "binary" or "regression" of each.
         config: Periods and thresholds.
         flush_every: Steps between two flushes; 0 leaves them to whoever calls `flush`.
-        shared: Name of the module that the tasks share; `trunk` where the model has one; "" for none.
+        shared: Name of the module that the tasks share; the one called `trunk` where there is one; "" for none.
         fields: Tables within the weight matrices with sparse gradients.
         loss_weights: Weight of each task's loss in what is trained.
         out: A run folder to make, or one that is open: readings and events are written there, and `steadyrank report`
@@ -147,7 +147,7 @@ class Watch:
         named = dict(zip(self.parameters, self._parameters, strict=True))
         self._parts = [_Part(each, named, fields) for each in held]
         for part in self._parts:
-            self._handles.append(part.optimizer.register_step_pre_hook(lambda *_, part=part: self._before(part)))
+            self._handles.append(part.optimizer.register_step_pre_hook(self._pre_hook(part)))
             self._handles.append(part.optimizer.register_step_post_hook(lambda *_, part=part: self._after(part)))
         self._write = write
         self._signals: list[Tensor] = []
@@ -235,6 +235,13 @@ class Watch:
         self._signals = []
         row = self._take_signals(first, signals)
         self._take_readings(held, values)
+        if self._flush_every and self.folder is not None:  # our own trainer has more to put into this row
+            losses_TK = signals[:, : len(self.tasks)]
+            finite_TK = np.isfinite(losses_TK)
+            means_K = np.where(finite_TK, losses_TK, 0.0).sum(0) / np.maximum(finite_TK.sum(0), 1)
+            losses = {f"loss/{task}": float(mean) for task, mean in zip(self.tasks, means_K, strict=True)}
+            self._put("steps", self.step, {**losses, **row})
+            self.folder.flush()
         return row
 
     def recent(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -318,6 +325,28 @@ class Watch:
         self._dead.active = self._gates.active = self._looks(1)
         if self._conflict is not None:
             self._conflict.active = self._is_due(self.config.tasks_every, 1)
+
+    def _pre_hook(self, part: "_Part") -> Callable[..., Any]:
+        """Return what sees an optimizer's step coming: at once, or where it calls a closure, after its first call."""
+
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._before(part)
+                return None
+            looked = False
+
+            def run() -> Any:
+                nonlocal looked
+                loss = closure()
+                if not looked:
+                    self._before(part)
+                looked = True
+                return loss
+
+            return args[:1], {**kwargs, "closure": run}
+
+        return hook
 
     def _before(self, part: "_Part") -> None:
         """See gradients and weights right before an optimizer's step."""
@@ -455,7 +484,7 @@ def _find_conflict(
     """Return the comparison of the tasks at the module that they share, if there is one."""
     modules = dict(model.named_modules())
     if shared is None:
-        shared = "trunk" if "trunk" in modules else ""
+        shared = min((n for n in modules if n.rpartition(".")[2] == "trunk"), key=len, default="")
     if not shared:
         return None
     check_known(shared, [name for name in modules if name], "module")
