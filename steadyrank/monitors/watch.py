@@ -259,6 +259,13 @@ class Watch:
         self.finish()
         if self.folder is not None:
             self.folder.flush()
+            kinds = ("binary" if binary else "regression" for binary in self._binary)
+            tasks = {
+                task: {"kind": kind, "verdict": self.verdicts.summary()[task]}
+                for task, kind in zip(self.tasks, kinds, strict=True)
+            }
+            facts = {"name": self.folder.path.name, "status": "finished", "message": "", "steps": self.step}
+            self.folder.write_summary({**facts, "tasks": tasks})
         warned = [f"step {alert.step}: {alert.level}: {alert.reason}" for alert in self.alerts]
         count = f"{len(warned)} warning{'s' if len(warned) > 1 else ''}" if warned else "no warning"
         judged = [f"{task}: {verdict.replace('_', ' ')}" for task, verdict in self.verdicts.current().items()]

@@ -249,6 +249,8 @@ def _reached(name: str, task: Mapping[str, Any]) -> Sentence:
     metric, sign = ("auc", 1.0) if binary else ("rmse", -1.0)
     run, base = task.get("run", {}), task.get("baseline") or {}
     reached, rival = run.get(metric), base.get(metric)
+    if "run" not in task:
+        return Sentence(name, "no metrics", "the loop that trained it gave losses only", "")
     if not is_number(reached):
         return Sentence(name, f"no {TITLES[metric]} over the run", "it was never a finite number", "bad")
     result = f"{TITLES[metric]} {format_number(reached)} over the run"
