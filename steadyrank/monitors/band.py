@@ -14,6 +14,8 @@ from jaxtyping import Float, Float64, Int64
 
 from ..errors import CheckpointError
 
+_ENOUGH = 20  # values from which their spread is trusted
+
 
 @dataclass(frozen=True)
 class Usual:
@@ -57,8 +59,8 @@ class RobustBand:
     >>> band.add(np.array([[1.0], [2.0], [3.0], [np.nan], [np.inf]]))
     >>> band.median(), band.spread()
     (array([2.]), array([1.4826]))
-    >>> band.usual(sigmas=7.0)[0].limit
-    12.3782
+    >>> round(band.usual(sigmas=7.0)[0].limit, 2)
+    71.19
     """
 
     def __init__(
@@ -89,19 +91,25 @@ class RobustBand:
         median_S = self.median()
         with np.errstate(over="ignore"):
             robust_S = 1.4826 * _median(np.abs(self._values_NS - median_S))
-        return np.maximum(robust_S, np.maximum(self.floor_frac * np.abs(median_S), self.floor))
+        spread_S: np.ndarray = np.maximum(robust_S, np.maximum(self.floor_frac * np.abs(median_S), self.floor))
+        return spread_S
 
     def usual(self, sigmas: float, count_from: float | None = None) -> list[Usual]:
-        """Return what is usual of each signal: outside is what lies above median + sigmas * spread, or is not finite.
+        """Return what is usual of each signal: outside is what lies above `limit`, or is not finite.
+
+        limit = median + sigmas * max(1, 20 / values) * spread
+
+        From few values the spread may be far too small by chance: of normal values 7 in 1000 would lie outside 7 sigmas
+        of the 6 before them. Hence the factor, with which it is 1 in 4000.
 
         Args:
             sigmas: Robust standard deviations.
             count_from: `share` is that of values from here on, instead of values outside.
         """
-        median_S, count_S = self.median(), self.count()
-        with np.errstate(over="ignore"):
-            spread_S = self.spread()
-            limit_S = np.where(count_S >= self.least, median_S + sigmas * spread_S, np.inf)
+        median_S, spread_S, count_S = self.median(), self.spread(), self.count()
+        with np.errstate(over="ignore", invalid="ignore"):
+            width_S = sigmas * np.maximum(1.0, _ENOUGH / np.maximum(count_S, 1))
+            limit_S = np.where(count_S >= self.least, median_S + width_S * spread_S, np.inf)
         many_NS = self._values_NS > limit_S if count_from is None else self._values_NS >= count_from
         share_S = (many_NS.sum(0) + 1) / (count_S + 2)
         columns = (column.tolist() for column in (limit_S, share_S, median_S, spread_S))
@@ -132,4 +140,5 @@ def _median(values_NS: Float64[np.ndarray, "values signals"]) -> Float64[np.ndar
     count_S = len(values_NS) - np.isnan(values_NS).sum(0)
     columns = np.arange(values_NS.shape[1])
     low_S, high_S = sorted_NS[np.maximum(count_S - 1, 0) // 2, columns], sorted_NS[count_S // 2, columns]
-    return low_S / 2 + high_S / 2  # the sum might overflow
+    median_S: np.ndarray = low_S / 2 + high_S / 2  # the sum might overflow
+    return median_S

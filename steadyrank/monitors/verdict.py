@@ -9,10 +9,11 @@ row lay below 1, and from then on a run of r windows at 1 or above counts once c
 
     share^r < window_chance,    share = (windows at 1 or above + 1) / (windows + 2)
 
-where the share is taken over the trailing windows before the run. A task that lies well below 1 needs three windows, a
-rare one that is above every other window needs fourteen. A window far above the trailing ones (`sigmas` robust standard
-deviations) counts at once. The task is back when a window has made up half of what was lost, or after three windows
-below 1.
+where the share is taken over the trailing windows before the run, whose median must lie below 1. A task that lies well
+below 1 needs three or four windows, one that is above every third window needs nine. A window far above the trailing
+ones (`sigmas` robust standard deviations, more with fewer than 20 of them: see `RobustBand.usual`) counts at once. The
+task is back with the first window as good as the trailing median, or after three windows in a row below 1: a lucky
+window of a dead model lies below 1 as well.
 
 **Losses**, step by step: they see what is over between two windows. A step is outside when its loss lies more than
 `sigmas` robust standard deviations above the trailing steps, and again a run of such steps counts once
@@ -22,11 +23,12 @@ below 1.
 so that the outliers of a heavy-tailed or rare task, which its own share of outside steps tells of, are none, and a
 single odd batch never is. The task is back after `calm_steps` inside in a row, once a window that ended later agrees.
 
-An excursion that never comes back, but stays below 1, is a new level (the stream has shifted) and is dismissed.
+An excursion that does not come back, but stays below 1, is a new level (the stream has shifted) and is dismissed. In a
+loop without windows nothing tells a new level from a divergence, and what stays to the end is taken for a divergence.
 
 Values that are not finite count at once, and none is ever remembered, so that they blind nothing.
 
-Shapes: T steps or windows, K tasks, S signals, N values remembered.
+Shapes: T steps, K tasks.
 """
 
 import math
@@ -43,11 +45,10 @@ from ..settings import Settings
 from .band import RobustBand, Usual
 
 Kind = Literal["binary", "regression"]
-Verdict = Literal["healthy", "micro_divergence", "full_divergence", "never_learned", "no_verdict"]
 METRIC: dict[Kind, str] = {"binary": "normalised_entropy", "regression": "normalised_rmse"}
 """The area of the readings by which a task of each kind is judged: 1 or above is no better than a constant."""
 _PLAIN: dict[Kind, str] = {"binary": "log_loss", "regression": "rmse"}  # not finite only where a score is not
-_WORDS = {"normalised_entropy": "normalised entropy", "normalised_rmse": "RMSE over that of the running mean"}
+_WORDS: dict[Kind, str] = {"binary": "normalised entropy", "regression": "RMSE over that of the running mean"}
 _IN_A_ROW = 3  # windows below 1 that show that a task has learned, or is back
 _REFRESH = 10  # steps between two looks at a band: the median of 200 steps hardly moves in fewer
 
@@ -59,12 +60,12 @@ class VerdictConfig(Settings):
     """Robust standard deviations above the trailing windows or steps from which a value is outside."""
     windows: int = Field(default=20, ge=4)
     """Trailing windows remembered."""
-    least_windows: int = Field(default=10, ge=2)
+    least_windows: int = Field(default=6, ge=1)
     """Windows that must be remembered before one can be outside."""
     window_chance: float = Field(default=1e-4, gt=0, lt=1)
     """A run of windows at 1 or above counts once it would come by chance this rarely."""
     steps: int = Field(default=200, ge=4)
-    """Trailing steps remembered; an excursion below 1 that lasts so long is a new level."""
+    """Trailing steps remembered. An excursion that outlasts half of the memory and stays below 1 is a new level."""
     least_steps: int = Field(default=50, ge=2)
     """Steps that must be remembered before one can be outside."""
     step_chance: float = Field(default=1e-6, gt=0, lt=1)
@@ -79,7 +80,7 @@ class Change(NamedTuple):
     task: str
     verdict: Literal["suspected", "recovered", "dismissed", "micro_divergence", "full_divergence"]
     """`suspected`: a divergence began, and is still to become micro or full. `recovered`: it was a micro-divergence.
-    `dismissed`: it was a lasting change of level below 1. At the end of the run, of what is still open:
+    `dismissed`: it was a lasting change of level below 1. At the end of the run, of what has not come back:
     `full_divergence`, or `micro_divergence` where it stayed below 1."""
     step: int
     """When this was seen."""
@@ -96,7 +97,7 @@ _Event = Literal["", "began", "back", "new_level"]
 class _Losses:
     """A task's losses, step by step."""
 
-    usual: Usual = Usual()
+    usual: Usual = field(default_factory=Usual)
     seen: bool = False
     open: bool = False
     run: int = 0
@@ -109,6 +110,8 @@ class _Losses:
     """Steps inside in a row since."""
     bad: bool = False
     """The last loss was not finite."""
+    bad_step: int = -1
+    """The last step whose loss was not."""
     reason: str = ""
 
     def note(self, step: int, loss: float, usual: Usual, config: VerdictConfig) -> _Event:
@@ -121,6 +124,7 @@ class _Losses:
             self.run = self.run if self.open else 0
             return "back" if self.open and self.calm >= config.calm_steps else ""
         self.run, self.last, self.calm = self.run + 1, step, 0
+        self.bad_step = step if self.bad else self.bad_step
         if self.open:
             return "new_level" if self.run > config.steps // 2 and not self.bad else ""
         if self.bad or self.usual.share**self.run < config.step_chance:
@@ -133,7 +137,7 @@ class _Losses:
 class _Windows:
     """A task's metric, window by window."""
 
-    usual: Usual = Usual()
+    usual: Usual = field(default_factory=Usual)
     seen: bool = False
     started: bool = False
     """A window has been below 1: they are remembered from there."""
@@ -142,38 +146,47 @@ class _Windows:
     below: int = 0
     """Windows below 1 in a row."""
     above: int = 0
-    """Windows at 1 or above in a row."""
+    """Windows at 1 or above in a row; the first of them began at step `above_first`."""
+    above_first: int = 0
     run: int = 0
     """Windows since it opened."""
     reached_one: bool = False
     """One of these was at 1 or above."""
     first: int = 0
-    """The first step of the run at 1 or above, or of the window that is outside."""
+    """The first step outside."""
     last: int = 0
+    """The last step outside."""
+    end: int = 0
     """The last step of the newest window."""
     bad: bool = False
     """The newest window's scores were not finite."""
     reason: str = ""
 
-    def note(self, first: int, last: int, value: float, name: str, usual: Usual, config: VerdictConfig) -> _Event:
+    def note(self, first: int, end: int, value: float, name: str, usual: Usual, config: VerdictConfig) -> _Event:
         """Take in the metric, called `name`, of a window; infinite where a score is not finite."""
-        self.seen, self.bad, self.last = True, not math.isfinite(value), last
-        if not self.open and (value < 1 or not self.above):
-            self.usual, self.first = usual, first
-        self.above = 0 if value < 1 else self.above + 1
-        self.below = self.below + 1 if value < 1 else 0
+        self.seen, self.bad, self.end = True, not math.isfinite(value), end
+        if not self.open and (value < 1 or not self.above or self.usual.limit == math.inf):
+            self.usual = usual
+        if not self.bad:
+            self.above_first = self.above_first if self.above else first
+            self.above, self.below = (0, self.below + 1) if value < 1 else (self.above + 1, 0)
         self.started |= self.below > 0
         self.learned |= self.below >= _IN_A_ROW
-        event = self._went_on(value, config) if self.open else self._began(value, name, config)
+        event = self._went_on(value, config) if self.open else self._began(first, value, name, config)
         self.run, self.reached_one = self.run + 1, self.reached_one or value >= 1
+        if value >= 1 if self.reached_one else value > self.usual.limit:
+            self.last = end
         return event
 
-    def _began(self, value: float, name: str, config: VerdictConfig) -> _Event:
+    def _began(self, first: int, value: float, name: str, config: VerdictConfig) -> _Event:
+        usual, self.first = self.usual, first
+        known = self.learned and usual.limit < math.inf
         if self.bad:
             self.reason = "scores are not finite"
-        elif self.learned and value > self.usual.limit:
-            self.reason = self.usual.describe(name, value)
-        elif self.learned and self.above and self.usual.share**self.above < config.window_chance:
+        elif known and value > usual.limit:
+            self.reason = usual.describe(name, value)
+        elif known and usual.median < 1 and usual.share**self.above < config.window_chance:
+            self.first = self.above_first
             self.reason = f"{name} at 1 or above for {self.above} windows, the last {value:.4g}"
         else:
             return ""
@@ -181,30 +194,27 @@ class _Windows:
         return "began"
 
     def _went_on(self, value: float, config: VerdictConfig) -> _Event:
-        """Say whether the task is back: half of what was lost is made up, or three windows lie below 1."""
+        """Say whether the task is back: as good as usual, or below 1 for three windows."""
         if self.bad:
             return ""
-        if not self.learned or value < min(self.usual.limit, (1 + self.usual.median) / 2):
+        if not self.learned:
             return "back"
         if self.reached_one:
-            return "back" if self.below >= _IN_A_ROW else ""
+            return "back" if value < 1 and (value <= self.usual.median or self.below >= _IN_A_ROW) else ""
+        if value < 1 and value <= self.usual.limit:
+            return "back"
         return "new_level" if self.run > config.windows // 2 else ""
-
-
-class _News(NamedTuple):
-    """A Change without its task and step."""
-
-    verdict: Literal["suspected", "recovered", "dismissed", "micro_divergence", "full_divergence"]
-    since: int
-    reason: str
 
 
 @dataclass
 class _Task:
     """A task's two sources, and its episodes."""
 
+    name: str
     losses: _Losses = field(default_factory=_Losses)
     windows: _Windows = field(default_factory=_Windows)
+    windowed: bool = False
+    """There are windows, whether or not this task had a value in them."""
     episodes: list[dict[str, Any]] = field(default_factory=list)
     open: bool = False
     """The last of the episodes is still open."""
@@ -212,16 +222,15 @@ class _Task:
     """The last step that was seen outside."""
     returned: bool = False
     """The open episode has come back, in one of its sources."""
-    bad_newest: bool = False
-    """One of the losses that came last was not finite."""
-    ended: str = ""
-    """The verdict, once the run has ended."""
+    ended: bool = False
+    full: bool = False
 
-    def note(self, source: _Losses | _Windows, event: _Event) -> list[_News]:
+    def note(self, step: int, source: _Losses | _Windows, event: _Event) -> list[Change]:
         """Take in what became of a source; open or close the episode."""
+        below_one = self.windows.seen and not (self.windows.learned and self.windows.above)
         if event == "began":
             source.open = True
-        elif event == "back" or (event == "new_level" and self._lies_below_one()):
+        elif event == "back" or (event == "new_level" and below_one):
             source.open, source.run = False, 0
             self.returned |= event == "back"
         if source.open:
@@ -229,68 +238,64 @@ class _Task:
         if event == "began" and not self.open:
             self.open, self.returned = True, False
             self.episodes.append({"first": source.first, "last": None, "reason": source.reason})
-            return [_News("suspected", source.first, source.reason)]
-        return self._close() if self.open and not source.open else []
+            return [self._change("suspected", step)]
+        return self._close(step) if self.open and not source.open else []
 
-    def _lies_below_one(self) -> bool:
-        """Without windows nothing says so."""
-        return self.windows.seen and not (self.windows.learned and self.windows.above)
+    def _change(self, verdict: Any, step: int) -> Change:
+        return Change(self.name, verdict, step, self.episodes[-1]["first"], self.episodes[-1]["reason"])
 
-    def _close(self) -> list[_News]:
+    def _close(self, step: int) -> list[Change]:
         """Close the episode if both sources have come back, a window after the last odd loss included."""
         windows = self.windows
-        waits = windows.learned and (windows.above > 0 or windows.last < self.losses.last)
-        return [] if self.losses.open or windows.open or waits else [self._closed()]
+        waits = windows.learned and (windows.above > 0 or windows.end < self.losses.last)
+        return [] if self.losses.open or windows.open or waits else [self._closed(step)]
 
-    def _closed(self) -> _News:
-        self.open, episode = False, self.episodes[-1]
+    def _closed(self, step: int) -> Change:
+        self.open = False
         if not self.returned:
+            change = self._change("dismissed", step)
             self.episodes.pop()
-            return _News("dismissed", episode["first"], "a lasting change of level below 1")
-        episode["last"] = self.last
-        return _News("recovered", episode["first"], episode["reason"])
+            return change._replace(reason=f"a lasting change of level below 1: {change.reason}")
+        self.episodes[-1]["last"] = self.last
+        return self._change("recovered", step)
 
-    def end(self, stopped: bool, windows_seen: bool) -> list[_News]:
-        """Give the verdict on the run."""
-        windows, news = self.windows, []
-        if stopped and self.bad_newest and not self.open:  # the steps after the bad one came back, but the run ended
+    def end(self, step: int, bad: bool) -> list[Change]:
+        """Close what is open; `bad` where a loss that is not finite has ended the run."""
+        windows, self.ended = self.windows, True
+        if bad:  # the steps after the bad one may have come back
             self.open, self.episodes[-1]["last"] = True, None
-        if full := self.open and self._stays(stopped):
-            news = [_News("full_divergence", self.episodes[-1]["first"], self.episodes[-1]["reason"])]
-        elif self.losses.open or (windows.open and not windows.reached_one):
-            news = [_News("micro_divergence", self.episodes[-1]["first"], self.episodes[-1]["reason"])]
-        elif self.open:
-            self.returned |= windows.open
-            news = [self._closed()]
-        if full:
-            self.ended = "full_divergence"
-        elif windows.seen and not windows.learned:
-            self.ended = "never_learned"
-        elif not windows.seen and (windows_seen or not self.losses.seen):
-            self.ended = "no_verdict"
-        else:
-            self.ended = "micro_divergence" if self.episodes else "healthy"
-        return news
+        self.full = self.open and (bad or self._stays())
+        if self.full:
+            return [self._change("full_divergence", step)]
+        if self.losses.open or (windows.open and not windows.reached_one):
+            return [self._change("micro_divergence", step)]
+        self.returned |= windows.open
+        return [self._closed(step)] if self.open else []
 
-    def _stays(self, stopped: bool) -> bool:
-        """Say whether the open episode lasts to the end, not finite or at 1 or above."""
+    def _stays(self) -> bool:
+        """Say whether the open episode lasts to the end: not finite, or at 1 or above."""
         losses, windows = self.losses, self.windows
-        if (losses.bad if losses.seen else windows.bad) or (stopped and self.bad_newest):
+        if losses.bad or windows.bad:
             return True
         if windows.learned:
             # The window in which the loss came back still holds the excursion; a second one does not.
             return windows.above >= (1 if losses.open or windows.open else 2)
-        return losses.open and not windows.seen
+        return losses.open and not self.windowed
 
-    def word(self) -> str:
-        """Return the verdict, or how it stands."""
-        if self.ended or self.open:
-            return self.ended or "suspected"
-        if not (self.windows.seen or self.losses.seen):
-            return "no_verdict"
-        if self.windows.seen and not self.windows.learned:
-            return "never_learned"
-        return "micro_divergence" if self.episodes else "healthy"
+    def summary(self) -> dict[str, Any]:
+        """Return the verdict, or how it stands, since when, and all episodes."""
+        word = "micro_divergence" if self.episodes else "healthy"
+        if self.full:
+            word = "full_divergence"
+        elif self.open and not self.ended:
+            word = "suspected"
+        elif self.windows.seen and not self.windows.learned:
+            word = "never_learned"
+        elif not self.windows.seen and (self.windowed or not self.losses.seen):
+            word = "no_verdict"
+        at = {"micro_divergence": 0, "full_divergence": -1, "suspected": -1}.get(word)
+        since = None if at is None else self.episodes[at]["first"]
+        return {"verdict": word, "since": since, "episodes": [dict(episode) for episode in self.episodes]}
 
 
 class Verdicts:
@@ -314,13 +319,14 @@ class Verdicts:
     def __init__(self, tasks: Mapping[str, Kind], config: VerdictConfig | None = None) -> None:
         self.config = config or VerdictConfig()
         self.kinds = dict(tasks)
-        self._tasks = {name: _Task() for name in self.kinds}
+        self._tasks = {name: _Task(name) for name in self.kinds}
         self._loss_band = RobustBand(len(self.kinds), self.config.steps, self.config.least_steps)
         self._window_band = RobustBand(len(self.kinds), self.config.windows, self.config.least_windows)
         self._usual = [Usual() for _ in self.kinds]
         self._limit_K = np.full(len(self.kinds), np.inf)
-        self._count = 0
+        self._count = self._newest = 0
         self._window_end: int | None = None
+        self._window_steps = 0
 
     def add_losses(
         self,
@@ -344,9 +350,7 @@ class Verdicts:
         labelled_TK = np.ones(losses_TK.shape, bool) if labelled_TK is None else labelled_TK
         changes: list[Change] = []
         values_TK = np.where(labelled_TK, losses_TK, np.nan).astype(np.float64)
-        for task in self._tasks.values():
-            task.bad_newest = False
-        start = 0
+        self._newest, start = first_step if len(values_TK) else self._newest, 0
         while start < len(values_TK):
             if self._count % _REFRESH == 0:
                 self._usual = self._loss_band.usual(self.config.sigmas)
@@ -364,34 +368,40 @@ class Verdicts:
         labelled_TK: Bool[np.ndarray, "steps tasks"],
     ) -> list[Change]:
         """Look at a few steps at once; one by one only at the tasks in which something is odd."""
-        odd_K = (labelled_TK & ~(values_TK <= self._limit_K)).any(0)
+        fine_TK = np.isfinite(values_TK) & (values_TK <= self._limit_K)
+        odd_K = np.logical_or.reduce(labelled_TK & ~fine_TK)
         found = []
-        for k, (name, task) in enumerate(self._tasks.items()):
-            task.losses.seen |= bool(labelled_TK[:, k].any())
+        for k, task in enumerate(self._tasks.values()):
+            seen_T = labelled_TK[:, k]
+            task.losses.seen, task.ended, task.full = task.losses.seen or bool(seen_T.any()), False, False
             if not (odd_K[k] or task.losses.run):
                 continue
-            for t in np.flatnonzero(labelled_TK[:, k]).tolist():
-                step, loss = first_step + t, float(values_TK[t, k])
-                event = task.losses.note(step, loss, self._usual[k], self.config)
-                task.bad_newest |= task.losses.bad
-                found += [Change(name, news.verdict, step, *news[1:]) for news in task.note(task.losses, event)]
+            for t in np.flatnonzero(seen_T).tolist():
+                event = task.losses.note(first_step + t, float(values_TK[t, k]), self._usual[k], self.config)
+                found += task.note(first_step + t, task.losses, event)
         return sorted(found, key=lambda change: change.step)
 
     def add_window(self, step: int, row: Mapping[str, float]) -> list[Change]:
         """Take in the readings of the window that ends at `step`, a row of the table `windows`.
 
-        A task whose metric is absent or undefined there (no label, one class) is passed over.
+        Passed over is a task whose metric is absent or undefined there (no label, one class), a window cut short by the
+        end of the run (less than half as long as others, it is noisier), and a window whose score is not finite where
+        that step's loss has said so already.
         """
-        first = (self._window_end or 0) + 1
+        first = 1 if self._window_end is None else self._window_end + 1
+        short = 2 * (step + 1 - first) < self._window_steps
+        self._window_steps = 0 if self._window_end is None else max(self._window_steps, step + 1 - first)
         self._window_end = step
         usual = self._window_band.usual(self.config.sigmas, count_from=1.0)
         changes, kept = [], []
         for k, (name, task) in enumerate(self._tasks.items()):
-            metric = METRIC[self.kinds[name]]
+            task.windowed, task.ended, task.full = True, False, False
             value = _read_metric(row, name, self.kinds[name])
+            passed_over = task.losses.bad_step >= first if value == math.inf else short
+            value = math.nan if passed_over else value
             if not math.isnan(value):
-                event = task.windows.note(first, step, value, _WORDS[metric], usual[k], self.config)
-                changes += [Change(name, news.verdict, step, *news[1:]) for news in task.note(task.windows, event)]
+                event = task.windows.note(first, step, value, _WORDS[self.kinds[name]], usual[k], self.config)
+                changes += task.note(step, task.windows, event)
             kept.append(value if task.windows.started else math.nan)
         self._window_band.add(np.array([kept]))
         return changes
@@ -403,27 +413,21 @@ class Verdicts:
             step: The last step.
             stopped: The run was stopped because a loss or gradient was not finite.
         """
-        seen = self._window_end is not None
-        return [
-            Change(name, news.verdict, step, *news[1:])
-            for name, task in self._tasks.items()
-            for news in task.end(stopped, seen)
-        ]
+        ends = (task.end(step, stopped and task.losses.bad_step >= self._newest) for task in self._tasks.values())
+        return [change for changes in ends for change in changes]
 
     def current(self) -> dict[str, str]:
         """Return each task's verdict as it stands; "suspected" while an episode is open."""
-        return {name: task.word() for name, task in self._tasks.items()}
+        return {name: of["verdict"] for name, of in self.summary().items()}
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Return by task: `verdict`, `since` (the first step of what it is about, or None) and `episodes`."""
-        return {
-            name: {
-                "verdict": task.word(),
-                "since": _since(task),
-                "episodes": [dict(episode) for episode in task.episodes],
-            }
-            for name, task in self._tasks.items()
-        }
+        """Return by task `verdict`, `since` and `episodes`.
+
+        The verdict is "healthy", "micro_divergence", "full_divergence", "never_learned" or "no_verdict" (no window had
+        both classes, or no label at all); `since` the first step of what it is about, or None. An episode has `first`
+        and `last` step (None where it did not come back), and a `reason` in words.
+        """
+        return {name: task.summary() for name, task in self._tasks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is remembered, as tensors and plain values."""
@@ -433,7 +437,9 @@ class Verdicts:
             "window_band": self._window_band.state_dict(),
             "usual": [asdict(usual) for usual in self._usual],
             "count": self._count,
+            "newest": self._newest,
             "window_end": self._window_end,
+            "window_steps": self._window_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -452,7 +458,8 @@ class Verdicts:
         self._tasks = {name: _task_of(saved) for name, saved in state["tasks"].items()}
         self._usual = [Usual(**usual) for usual in state["usual"]]
         self._limit_K = np.array([usual.limit for usual in self._usual])
-        self._count, self._window_end = state["count"], state["window_end"]
+        self._count, self._newest = state["count"], state["newest"]
+        self._window_end, self._window_steps = state["window_end"], state["window_steps"]
 
 
 def judge(windows: Mapping[str, Shaped[np.ndarray, " rows"]], config: VerdictConfig | None = None) -> Verdicts:
@@ -464,7 +471,7 @@ def judge(windows: Mapping[str, Shaped[np.ndarray, " rows"]], config: VerdictCon
 
     >>> windows = {"step": np.arange(100, 1000, 100), "normalised_entropy/click": np.array([1.1, *[0.9] * 6, 5.0, 0.9])}
     >>> judge(windows).summary()["click"]["verdict"]
-    'healthy'
+    'micro_divergence'
     """
     areas = {area: kind for kind, area in METRIC.items()}
     named = [name.partition("/") for name in windows]
@@ -483,12 +490,6 @@ def _read_metric(row: Mapping[str, float], task: str, kind: Kind) -> float:
         return abs(value)
     plain = float(row.get(f"{_PLAIN[kind]}/{task}", 0.0))
     return math.inf if row.get(f"rows/{task}", 0.0) > 0 and not math.isfinite(plain) else math.nan
-
-
-def _since(task: _Task) -> int | None:
-    if task.word() == "micro_divergence":
-        return int(task.episodes[0]["first"])
-    return int(task.episodes[-1]["first"]) if task.word() in ("full_divergence", "suspected") else None
 
 
 def _task_of(saved: Mapping[str, Any]) -> _Task:
