@@ -180,6 +180,9 @@ class PLELevel(nn.Module):
 class Gate(nn.Module):
     """The weights of a mixture: softmax(W x), without a bias."""
 
+    is_gate = True
+    """Puts out the shares of experts, which instruments read."""
+
     def __init__(self, width_in: int, experts: int, generator: torch.Generator) -> None:
         super().__init__()
         self.linear = make_linear(width_in, experts, generator, bias=False)

@@ -22,9 +22,14 @@ _ZERO = 1e-6  # GELU and SiLU never quite reach zero
 class DeadUnits:
     """Share of units of each activation that gave zero for every row of the last watched batches.
 
+    Forward passes in evaluation mode, and batches without a row, are not watched. A unit whose output is NaN makes the
+    share NaN, and is afterwards as if that batch had not been. Of a module that is called repeatedly in a forward pass,
+    the last call counts.
+
     Args:
         model: Its activation modules are watched (ReLU, ReLU6, LeakyReLU, ELU, GELU, SiLU).
-        batches: How many watched batches a unit must be silent in to count as dead, 1 or more.
+        batches: How many watched batches a unit must be silent in to count as dead, 1 or more. At the start as many as
+            there were.
 
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
     >>> nn.init.zeros_(model[0].weight)[0, 0], nn.init.constant_(model[0].bias, -1.0)[0]
@@ -41,8 +46,8 @@ class DeadUnits:
         """Whether forward passes are watched at the moment."""
         self._batches = batches
         self._tops: dict[str, Float[Tensor, " units"]] = {}
+        self._layout: list[tuple[str, int]] = []  # names and numbers of units, in the order of `_silent`
         self._silent: Int32[Tensor, " all_units"] | None = None
-        self._watched = 0
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, ACTIVATIONS)]
         self.handles = [module.register_forward_hook(self._hook(name)) for name, module in named]
 
@@ -55,32 +60,36 @@ class DeadUnits:
 
     @torch.no_grad()
     def read(self) -> list[Reading]:
-        """Return `dead_frac` by module and of all, and end the watched batch; a NaN counts as dead."""
+        """Return `dead_frac` by module and of all, and end the watched batch."""
         tops, self._tops = self._tops, {}
         if not tops:
             return []
-        self._watched += 1
-        alive = torch.cat([top.float() for top in tops.values()]) > _ZERO
-        if self._silent is None or self._silent.shape != alive.shape:
-            self._silent = torch.zeros_like(alive, dtype=torch.int32)
-        self._silent = torch.where(alive, 0, self._silent + 1)
-        dead = (self._silent >= min(self._batches, self._watched)).float()
-        parts = dead.split([len(top) for top in tops.values()])
-        return [Reading("dead_frac", [*tops, "all"], torch.stack([part.mean() for part in [*parts, dead]]))]
+        top_H = torch.cat([top.float() for top in tops.values()])
+        layout = [(name, len(top)) for name, top in tops.items()]
+        if self._silent is None or self._layout != layout:
+            # As if silent before: what gave zero in all batches so far is dead.
+            self._layout, self._silent = layout, torch.full_like(top_H, self._batches - 1, dtype=torch.int32)
+        lost_H, silent_H = top_H.isnan(), self._silent.to(top_H.device)
+        self._silent = torch.where(lost_H, silent_H, torch.where(top_H > _ZERO, 0, silent_H + 1))
+        dead_H = torch.where(lost_H, torch.nan, (self._silent >= self._batches).float())
+        parts = dead_H.split([units for _, units in layout])
+        return [Reading("dead_frac", [*tops, "all"], torch.stack([part.mean() for part in [*parts, dead_H]]))]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, as tensors and numbers."""
-        return {"watched": self._watched, "silent": self._silent}
+        """Return what is remembered, as tensors and plain values."""
+        return {"layout": [list(each) for each in self._layout], "silent": self._silent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self._watched, self._silent = state["watched"], state["silent"]
+        self._layout, self._silent = [(name, units) for name, units in state["layout"]], state["silent"]
 
 
 class Gates:
     """How evenly gates use their experts: the mean share of each, and the mean entropy of a row's shares.
 
         gate_entropy_frac = - mean_b sum_e p_be log p_be / log E       0: one expert a row, 1: all alike
+
+    Forward passes in evaluation mode are not watched. A batch without rows, and shares that are NaN, give NaN.
 
     Args:
         model: Its modules with the attribute `is_gate` are watched.
@@ -115,7 +124,7 @@ class Gates:
 
 
 def mean_entropy(shares_BE: Float[Tensor, "batch experts"]) -> Float[Tensor, ""]:
-    """Return the mean entropy of the rows over that of even shares: 0 to 1; 1 for a single expert.
+    """Return the mean entropy of the rows over that of even shares: 0 to 1; 1 for a single expert, NaN for no rows.
 
     >>> mean_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     tensor(0.5000)
@@ -129,7 +138,9 @@ def mean_entropy(shares_BE: Float[Tensor, "batch experts"]) -> Float[Tensor, ""]
 def read_logits(
     logits_BK: Float[Tensor, "batch tasks"], tasks: list[str], binary: list[bool], saturated: float = 10.0
 ) -> list[Reading]:
-    """Return `logit_low`, `logit_high` by task, and `saturated_frac` of the binary tasks.
+    """Return `logit_low`, `logit_high` by task, and `saturated_frac` of the binary tasks; nothing for no rows.
+
+    A NaN makes all three NaN for its task; an infinite logit is saturated.
 
     Args:
         logits_BK: What the model says.
@@ -147,6 +158,7 @@ def read_logits(
     named = [name for name, yes in zip(tasks, binary, strict=True) if yes]
     if named:
         over_K = (logits_BK.detach().abs() > saturated).float().mean(0)
+        over_K = torch.where(low_K.isnan(), torch.nan, over_K)
         chosen = torch.stack([over_K[k] for k, yes in enumerate(binary) if yes])
         found.append(Reading("saturated_frac", named, chosen))
     return found

@@ -1,11 +1,17 @@
 """Training dynamics by parameter: gradients, weights, updates, and what each clipping method would have done.
 
-Symbols: w weight before the step, g gradient, u = w_before - w_after the update, eta learning rate, sigma the clip
-factor of the optimizer in use (1 where it has none), r = u / (eta * sigma) the direction; P parameters.
+Symbols: w weight before the step, g gradient as it comes to the optimizer, u = w_before - w_after the update, eta
+learning rate, sigma the factor by which the optimizer in use scaled the step (1 where it scales none), r = u / (eta *
+sigma) the direction; P parameters.
 
-What is not finite shows as it is (NaN or infinity) in the reading of its own step, and nothing is remembered from it.
+What is not finite shows in the readings of its own step, and nothing is remembered from it: norms of gradient, weight
+and update, and what is made of them, are NaN or infinite; of a largest coordinate a NaN counts as infinite. Over a
+weight of norm 0 a norm is infinite, or NaN if it is 0 too. A step that the optimizer refused (sigma 0), or made at a
+rate of 0, has no direction: `direction_max`, `factor_lamb` and `factor_clippy` are NaN. A parameter without elements
+has no readings.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -15,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..optim import kernels
-from ..optim.rivals import overall_norm
+from ..optim.guarded import wide_dtype
+from ..optim.rivals import TRUST_RATIO, overall_norm
 from ..optim.rules import factor_within, smallest, unit_norms
 from .readings import Reading
 
@@ -93,17 +100,24 @@ class Dynamics:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
         self._named = [(name, p) for name, p in named_parameters if p.numel()]
         self._optimizers = [inner for optimizer in optimizers for inner in with_inner(optimizer)]
-        self._before: list[tuple[str, nn.Parameter, Tensor]] = []
+        self._before: _Held = []
+        self._gradients: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
     def before(self, matrices: bool = False) -> None:
-        """Keep the weights as they are before the step: all, or those of more than one dimension."""
+        """Keep the weights, and read the gradients, as they are before the step.
+
+        Args:
+            matrices: Keep weights of more than one dimension only, and read no gradients: enough for `look`.
+        """
         held = [
             (name, p)
             for name, p in self._named
             if p.grad is not None and not p.grad.is_sparse and (p.dim() > 1 or not matrices)
         ]
         self._before = [(name, p, p.detach().clone()) for name, p in held]
+        # Now, since an optimizer may clip gradients in place.
+        self._gradients = [] if matrices else [_read_gradients(here) for here in _by_device(self._before)]
 
     @torch.no_grad()
     def look(self) -> list[Reading]:
@@ -119,51 +133,53 @@ class Dynamics:
     def after(self) -> list[Reading]:
         """Return what the step did; empty when `before` was not called, or no parameter had a gradient."""
         held, self._before = self._before, []
-        return [reading for here in _by_device(held) for reading in self._read(here)]
+        gradients, self._gradients = self._gradients, []
+        return [
+            reading
+            for here, found in zip(_by_device(held), gradients, strict=True)
+            for reading in self._read(here, found)
+        ]
 
-    def _read(self, held: "_Held") -> list[Reading]:
-        names = [name for name, *_ in held]
+    def _read(self, held: "_Held", gradients: dict[str, Tensor]) -> list[Reading]:
         weights, updates = _updates(held)
-        grads = [p.grad.to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True) if p.grad is not None]
         rates_P, factors_P = self._rates_and_factors([p for _, p, _ in held])
-        g_P, w_P, u_P = (_norms(tensors) for tensors in (grads, weights, updates))
-        largest_P = kernels.largest(updates)
+        w_P, u_P, largest_P = _norms(weights), _norms(updates), kernels.largest(updates)
         floors = torch._foreach_abs(weights)
         torch._foreach_clamp_min_(floors, WEIGHT_FLOOR)
-        over_P = _over_bound(weights, updates)
-        step_P = rates_P * factors_P
+        over_P, step_P = _over_bound(weights, updates), rates_P * factors_P
+        r_P = u_P / step_P
         by_area = {
-            "gradient_norm": g_P,
+            **gradients,
             "weight_norm": w_P,
             "update_norm": u_P,
-            "gradient_over_weight": g_P / w_P,
+            "gradient_over_weight": gradients["gradient_norm"] / w_P,
             "update_over_weight": u_P / w_P,
             "update_max": largest_P,
             "update_over_weight_max": kernels.largest(kernels.bound_ratios(updates, list(floors), positive=True)),
             "update_over_bound": over_P,
             "direction_max": largest_P / step_P,
-            "factor_gc": factor_within(g_P, torch.full_like(g_P, GC_NORM)),
-            "factor_agc": torch.stack([agc_factor(g, w).to(g_P) for g, w in zip(grads, weights, strict=True)]),
-            "factor_lamb": w_P * step_P / u_P,
+            # LAMB's own rule: 1 where the weights are 0, or the step is.
+            "factor_lamb": torch.where((r_P == 0) | ((w_P == 0) & (r_P > 0)), 1.0, w_P / r_P),
             # What the ratio would have been without the factor of the optimizer in use.
-            "factor_clippy": kernels.factor_of(torch.where(factors_P > 0, over_P / factors_P, over_P)),
+            "factor_clippy": kernels.factor_of(over_P / factors_P),
         }
+        names = [name for name, *_ in held]
         return [Reading(area, names, values) for area, values in by_area.items()] + self._accumulators(held)
 
     def _rates_and_factors(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Return eta and sigma of each parameter."""
+        """Return eta and sigma of each parameter; NaN for eta where no optimizer holds it."""
         rates: dict[int, float | Tensor] = {}
         factors: dict[int, Tensor] = {}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     rates[id(p)] = group["lr"]
-                    if CLIP_FACTOR in optimizer.state.get(p, {}):
-                        factors[id(p)] = optimizer.state[p][CLIP_FACTOR]
+                    state = optimizer.state.get(p, {})
+                    factors |= {id(p): state[key] for key in (TRUST_RATIO, CLIP_FACTOR) if key in state}
         one = torch.ones((), device=parameters[0].device)
-        eta = [rates[id(p)] for p in parameters]
+        eta = [rates.get(id(p), math.nan) for p in parameters]
         if any(isinstance(rate, Tensor) for rate in eta):
-            eta_P = torch.stack([torch.as_tensor(rate, device=one.device).to(one) for rate in eta])
+            eta_P = torch.stack([torch.as_tensor(rate).reshape(()).to(one, non_blocking=True) for rate in eta])
         else:
             eta_P = torch.tensor(eta, dtype=one.dtype).to(one.device, non_blocking=True)
         return eta_P, torch.stack([factors.get(id(p), one).to(one).reshape(()) for p in parameters])
@@ -202,11 +218,24 @@ def _by_device(held: _Held) -> list[_Held]:
     return [[each for each in held if each[1].device == device] for device in devices]
 
 
+def _read_gradients(held: _Held) -> dict[str, Float[Tensor, " tensors"]]:
+    """Return the norm of each gradient, and what GC and AGC would make of it."""
+    weights = [before.to(wide_dtype(before.dtype)) for *_, before in held]
+    grads = [p.grad.to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True) if p.grad is not None]
+    g_P = _norms(grads)
+    agc_P = torch.stack([agc_factor(g, w).to(g_P) for g, w in zip(grads, weights, strict=True)])
+    return {
+        "gradient_norm": g_P,
+        # A NaN sets no limit, so that it would show as a factor of 1.
+        "factor_gc": torch.where(g_P.isnan(), torch.nan, factor_within(g_P, torch.full_like(g_P, GC_NORM))),
+        "factor_agc": torch.where(g_P.isnan(), torch.nan, agc_P),
+    }
+
+
 def _updates(held: _Held) -> tuple[list[Tensor], list[Tensor]]:
     """Return the weights before the step, and how far it moved them; in float32 or wider."""
     # Norms of bfloat16 would be good for two digits.
-    half = (torch.bfloat16, torch.float16)
-    weights = [before.float() if before.dtype in half else before for *_, before in held]
+    weights = [before.to(wide_dtype(before.dtype)) for *_, before in held]
     now = [p.detach().to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True)]
     return weights, list(torch._foreach_sub(weights, now))
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .readings import Reading
 
 SAMPLE = 256
@@ -32,9 +33,15 @@ class Tables:
 
     `before` goes right before the optimizer's step and keeps the batch's rows; `after` goes right after it.
 
+    Of a field without a row in the batch all readings are NaN, but for 0 rows touched. A row that is not finite counts
+    as infinitely long, and is so named. The age of a row is how many steps ago a watched batch first held it.
+
     Args:
         named_parameters: Names and parameters; those whose gradient is sparse are tables.
         fields: Tables within the parameters; a parameter that none names is one field as a whole, under its own name.
+
+    Raises:
+        ConfigError: The fields of a parameter do not follow one another from its first row to its last.
 
     >>> table = nn.Parameter(torch.ones(9, 2))
     >>> tables = Tables([("table", table)])
@@ -51,6 +58,8 @@ class Tables:
         self._fields = {
             name: sorted((f for f in fields if f.parameter == name), key=lambda f: f.start) for name, _ in self._named
         }
+        for name, p in self._named:
+            _check_fields(self._fields[name], len(p) if p.dim() else 0)
         self._starts: dict[str, Int64[Tensor, " fields"]] = {}
         self._first: dict[str, Tensor] = {}
         self._before: list[tuple[str, nn.Parameter, Tensor, Tensor]] = []
@@ -81,7 +90,8 @@ class Tables:
     ) -> list[Reading]:
         fields = self._fields[name] or [Field(name, name, 0, p.shape[0])]
         if name not in self._starts:
-            self._starts[name] = torch.tensor([f.start for f in fields]).to(p.device)
+            self._starts[name] = torch.tensor([f.start for f in fields]).to(p.device, non_blocking=True)
+        if name not in self._first:
             self._first[name] = torch.full((p.shape[0],), -1, dtype=torch.int32, device=p.device)
         # rows_N is sorted, so a field is a stretch of it: its ends are all that is looked up.
         starts_F = self._starts[name]
@@ -99,7 +109,7 @@ class Tables:
 
         touched_F = new_N.new_zeros(len(fields)).scatter_add(0, field_N, new_N)
         norm_F = most(norm_N)
-        row_F = most(torch.where(norm_N == norm_F[field_N], rows_N.double(), -1.0)).clamp(min=0)
+        row_F = most(torch.where(norm_N == norm_F[field_N], rows_N.double(), -1.0)).clamp(min=0)  # the last of equals
         age_F = step - first[row_F.long()].float()
         none_F = touched_F == 0
         if rank:
@@ -143,10 +153,20 @@ class Tables:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         parameters = dict(self._named)
-        for name, first in state["first"].items():
-            fields = self._fields[name] or [Field(name, name, 0, len(first))]
-            self._first[name] = first.to(parameters[name].device)
-            self._starts[name] = torch.tensor([f.start for f in fields]).to(parameters[name].device)
+        self._first = {name: first.to(parameters[name].device) for name, first in state["first"].items()}
+
+
+def _check_fields(fields: Sequence[Field], rows: int) -> None:
+    end = 0
+    for field in fields:
+        if field.start != end:
+            raise ConfigError(
+                f"{field.parameter}: expected a field that starts at row {end}, found {field.name} at {field.start}; "
+                "fields follow one another, so name what lies between them too"
+            )
+        end += field.rows
+    if fields and end != rows:
+        raise ConfigError(f"{fields[0].parameter} has {rows} rows, and its fields have {end}; name all of them")
 
 
 def effective_rank(rows_SD: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
@@ -168,4 +188,5 @@ def effective_rank(rows_SD: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
 
 
 def _row_norms(x_ND: Tensor) -> Float[Tensor, " rows"]:
-    return torch.linalg.vector_norm(x_ND.float(), dim=1)
+    # What is NaN equals nothing, and so would never be found again.
+    return torch.linalg.vector_norm(x_ND.float(), dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -25,6 +25,10 @@ class TaskConflict:
     h is the output of `shared`, where that is one tensor, or the same for every task (a shared bottom); where each task
     has its own (MMoE, PLE), it is the input.
 
+    A task whose loss does not depend on h (no label in the batch) has norm and share 0, and no cosine (NaN). Where
+    nothing pulls at h at all, the shares are NaN too. What is not finite in one task makes its norm, its cosines and all
+    shares NaN or infinite, and those of the others too where their gradients pass through it (0 times infinity is NaN).
+
     Args:
         shared: The module that the tasks share.
         tasks: Their names.
@@ -56,7 +60,8 @@ class TaskConflict:
     def read(self, losses_K: Float[Tensor, " tasks"]) -> list[Reading]:
         """Return the readings; to be called between forward and backward, whose graph stays as it is.
 
-        Empty when no forward pass was watched, or nothing below the representation is trained.
+        Empty when no forward pass was watched, nothing below the representation is trained, or no loss is connected
+        with it: in a model under `torch.compile` it lies within the graph that was compiled, where nothing sees it.
         """
         h, self._h = self._h, None
         if h is None or not h.requires_grad or not losses_K.requires_grad:
@@ -64,6 +69,8 @@ class TaskConflict:
         gradients = [
             torch.autograd.grad(losses_K[k], h, retain_graph=True, allow_unused=True)[0] for k in range(len(losses_K))
         ]
+        if all(g is None for g in gradients):
+            return []
         flat_KH = torch.stack(
             [
                 w * (torch.zeros_like(h) if g is None else g).flatten()

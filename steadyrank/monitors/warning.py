@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from pydantic import Field
 
 from ..settings import Settings
+from .band import RobustBand
 
 Level = Literal["notice", "alarm"]
 
@@ -68,15 +69,16 @@ class Alert(NamedTuple):
     """The readings that raised it, by name."""
 
 
-_LEAST_HISTORY = 40
-_FLOOR = 0.02  # in decades: a band is never narrower, so that a flat history does not make everything a sign
-_LOST = 30.0  # decades: what an infinite value counts as
+_LEAST = 40  # values of a signal, or as many as are remembered, from which it has a band
+_FLOOR = 0.02
+_LOST = 39.0  # decades: what an infinite value counts as, above all that float32 holds
 
 
 class EarlyWarning:
     """Watches the signs, on the host, as flushes bring them.
 
-    A NaN is a value that is not there; an infinite gradient is a sign at once. Neither enters a band.
+    A NaN is a value that is not there, and so is a 0; an infinite one is a sign at once. None of them enters a band. A
+    look at which half of the matrices did not move is none: the optimizer refused that step.
 
     Args:
         tasks: Names of the tasks.
@@ -102,7 +104,14 @@ class EarlyWarning:
         self.config = config or WarningConfig()
         self._names = [*tasks, *parameters]
         self._tasks = len(tasks)
-        self._history = np.empty((0, len(self._names)))
+        # In decades; never narrower than the floor, so that a flat history does not make everything a sign.
+        self._band = RobustBand(
+            len(self._names),
+            self.config.band_steps,
+            least=min(_LEAST, self.config.band_steps),
+            floor_frac=0.0,
+            floor=_FLOOR,
+        )
         self._matrices = frozenset(parameters if matrices is None else matrices)
         self._updates: list[float] = []
         self._dead: list[float] = []
@@ -124,37 +133,31 @@ class EarlyWarning:
         with np.errstate(divide="ignore"):
             log_TS = np.log10(np.abs(np.hstack([logits_TK, gradients_TP])))
         log_TS = np.where(np.isneginf(log_TS), np.nan, np.minimum(log_TS, _LOST))
-        found = self._compare(first, log_TS) if len(self._history) >= _LEAST_HISTORY else self._lost(first, log_TS)
-        kept = np.where(log_TS < _LOST, log_TS, np.nan)
-        self._history = np.vstack([self._history, kept])[-self.config.band_steps :]
+        found = self._compare(first, log_TS)
+        self._band.add(np.where(log_TS < _LOST, log_TS, np.nan))
         return self._report(found)
 
     def add_dynamics(self, step: int, row: Mapping[str, float]) -> list[Alert]:
         """Take in a row of the table `dynamics`: `update_over_bound/` by parameter, and `dead_frac/all`."""
         found: list[Alert] = []
         updates = {name: v for name, v in _area(row, "update_over_bound").items() if name in self._matrices}
-        if updates:
-            self._updates = [*self._updates, float(np.median(list(updates.values())))][-self.config.update_looks :]
+        middle = float(np.median(list(updates.values()))) if updates else 0.0
+        if middle > 0:
+            self._updates = [*self._updates, middle][-self.config.update_looks :]
             found += self._judge_updates(step, max(updates, key=lambda name: updates[name]))
-        dead = row.get("dead_frac/all")
-        if dead is not None:
+        dead = float(row.get("dead_frac/all", np.nan))
+        if not np.isnan(dead):
             self._dead = [*self._dead, dead][-self.config.dead_looks - 1 :]
             found += self._judge_dead(step)
         return self._report(found)
 
     def _compare(self, first: int, log_TS: np.ndarray) -> list[Alert]:
-        """Return the first step of each signal's that is out of its band, the furthest signal of a kind only."""
-        median_S, spread_S = robust_band(self._history)
-        with np.errstate(invalid="ignore"):
-            over_TS = log_TS - median_S
-            out_TS = (over_TS > self.config.band_sigmas * np.maximum(spread_S, _FLOOR)) & (
-                over_TS > np.log10(self.config.band_factor)
-            )
-        return self._first_out(first, log_TS, over_TS, out_TS)
-
-    def _lost(self, first: int, log_TS: np.ndarray) -> list[Alert]:
-        """Without a band yet, only what is not finite is a sign."""
-        return self._first_out(first, log_TS, log_TS, log_TS >= _LOST)
+        """Return the first step of each kind at which a signal is out of its band: the one that is furthest out."""
+        enough_S, median_S, spread_S = self._band.count() >= self._band.least, self._band.median(), self._band.spread()
+        width_S = np.maximum(self.config.band_sigmas * spread_S, np.log10(self.config.band_factor))
+        lost_TS = log_TS >= _LOST  # a sign with or without a band
+        over_TS = np.where(lost_TS, np.inf, log_TS - median_S)
+        return self._first_out(first, log_TS, over_TS, lost_TS | (enough_S & (over_TS > width_S)))
 
     def _first_out(self, first: int, log_TS: np.ndarray, over_TS: np.ndarray, out_TS: np.ndarray) -> list[Alert]:
         found = []
@@ -163,17 +166,16 @@ class EarlyWarning:
             if out.any():
                 t = int(out.any(1).argmax())
                 s = int(np.where(out[t], over_TS[t, columns], -np.inf).argmax()) + (columns.start or 0)
-                value, times = float(10 ** log_TS[t, s]), float(10 ** over_TS[t, s])
-                found.append(self._out_of_band(first + t, sign, s, value, times))
+                found.append(self._out_of_band(first + t, sign, s, float(log_TS[t, s]), float(over_TS[t, s])))
         return found
 
-    def _out_of_band(self, step: int, sign: str, s: int, value: float, times: float) -> Alert:
-        name, lost = self._names[s], value >= 10**_LOST
-        shown = "is not finite" if lost else f"is {times:,.0f} times its usual level"
-        what = f"the largest logit of {name}" if sign == "logit" else f"the largest gradient of {name}"
-        task, layer = (name, "") if sign == "logit" else ("", name)
-        area = "logit_max" if sign == "logit" else "gradient_max"
-        quantities = {f"{area}/{name}": float("inf") if lost else value, "times": float("inf") if lost else times}
+    def _out_of_band(self, step: int, sign: str, s: int, log: float, over: float) -> Alert:
+        value, times = (np.inf, np.inf) if log >= _LOST else (10.0**log, 10.0**over)
+        name, of_logits = self._names[s], sign == "logit"
+        what = f"the largest {sign} of {name}"
+        shown = f"is {times:,.0f} times its usual level" if times < np.inf else "is not finite"
+        quantities = {f"{'logit' if of_logits else 'gradient'}_max/{name}": value, "times": times}
+        task, layer = (name, "") if of_logits else ("", name)
         return Alert(step, "alarm", sign, task, layer, f"{what} {shown}", quantities)
 
     def _judge_updates(self, step: int, layer: str) -> list[Alert]:
@@ -208,40 +210,23 @@ class EarlyWarning:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, as plain values."""
+        """Return what is remembered, as tensors and plain values."""
         return {
-            "history": self._history.tolist(),
+            "band": self._band.state_dict(),
             "updates": list(self._updates),
             "dead": list(self._dead),
             "last": dict(self._last),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
-        self._history = np.array(state["history"], dtype=np.float64).reshape(-1, len(self._names))
+        """Go on from `state`.
+
+        Raises:
+            CheckpointError: It is of other signals, or of a memory of another length.
+        """
+        self._band.load_state_dict(state["band"])
         self._updates, self._dead = list(state["updates"]), list(state["dead"])
         self._last = dict(state["last"])
-
-
-def robust_band(
-    values_TS: Float64[np.ndarray, "steps signals"],
-) -> tuple[Float64[np.ndarray, " signals"], Float64[np.ndarray, " signals"]]:
-    """Return median and 1.4826 times the median absolute deviation of each column; NaN counts as absent.
-
-    >>> robust_band(np.array([[1.0], [2.0], [np.nan], [3.0]]))
-    (array([2.]), array([1.4826]))
-    """
-    median_S = _median(values_TS)
-    return median_S, 1.4826 * _median(np.abs(values_TS - median_S))
-
-
-def _median(values_TS: np.ndarray) -> np.ndarray:
-    """Return the median of each column's values that are not NaN: by one sort, which puts NaN last."""
-    count_S = (~np.isnan(values_TS)).sum(0)
-    ordered, columns = np.sort(values_TS, axis=0), np.arange(values_TS.shape[1])
-    low, high = np.maximum(count_S - 1, 0) // 2, count_S // 2
-    high = np.minimum(high, np.maximum(count_S - 1, 0))
-    return np.where(count_S > 0, (ordered[low, columns] + ordered[high, columns]) / 2, np.nan)
 
 
 def _area(row: Mapping[str, float], area: str) -> dict[str, float]:

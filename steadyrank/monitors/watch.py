@@ -6,7 +6,7 @@ Shapes: K tasks, P parameters, T steps since the last flush, B rows.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, check_known
-from ..optim import kernels
 from ..runs import RunFolder
 from ..settings import Settings
 from .activations import DeadUnits, Gates, read_logits
 from .curvature import Before, copy_before, find_updates, measure_headroom
-from .dynamics import Dynamics
+from .dynamics import ClipFactors
 from .readings import Reading, to_host
-from .tables import Field, Tables
+from .steps import StepWatch
+from .tables import Field
 from .tasks import TaskConflict
 from .verdict import Change, VerdictConfig, Verdicts
 from .warning import Alert, EarlyWarning, WarningConfig
@@ -86,7 +86,7 @@ class Watch:
         write: Takes a table, a step and a row of readings, in place of the folder.
 
     Raises:
-        ConfigError: there is no module called `shared`, no task, or the folder cannot be made.
+        ConfigError: there is no module called `shared`, no task, fields do not fit, or the folder cannot be made.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
@@ -118,10 +118,8 @@ class Watch:
         write: Callable[[str, int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.config = config or WatchConfig()
-        self.tasks = list(tasks)
-        if not self.tasks:
-            raise ConfigError("Watch: expected at least one task; name the losses, as in tasks=('click',)")
-        kinds: dict[str, TaskKind] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(self.tasks, "binary")
+        kinds = _find_kinds(tasks)
+        self.tasks = list(kinds)
         self.step = 0
         """Steps seen so far."""
         self.alerts: list[Alert] = []
@@ -137,19 +135,22 @@ class Watch:
         """Names of the parameters that the optimizers hold, in their order."""
         self._binary = [kinds[task] == "binary" for task in self.tasks]
         self._flush_every = flush_every
-        self.folder = RunFolder.create(out) if isinstance(out, str | Path) else out
+        self._loss_weights = [1.0] * len(self.tasks) if loss_weights is None else list(loss_weights)
         self.verdicts = Verdicts(kinds, self.config.verdict)
         matrices = [name for name, p in zip(self.parameters, self._parameters, strict=True) if p.dim() > 1]
         self.warning = EarlyWarning(self.tasks, self.parameters, self.config.warning, matrices)
         self._dead, self._gates = DeadUnits(model, self.config.dead_batches), Gates(model)
-        self._conflict = _find_conflict(model, shared, self.tasks, loss_weights)
+        self._conflict = _find_conflict(model, shared, self.tasks, self._loss_weights)
         self._handles = [*self._dead.handles, *self._gates.handles, *(self._conflict.handles if self._conflict else [])]
         named = dict(zip(self.parameters, self._parameters, strict=True))
-        self._parts = [_Part(each, named, fields) for each in held]
+        self._clip = ClipFactors(named.items(), held)
+        self._parts = [StepWatch(each, named, fields) for each in held]
         for part in self._parts:
             self._handles.append(part.optimizer.register_step_pre_hook(self._pre_hook(part)))
             self._handles.append(part.optimizer.register_step_post_hook(lambda *_, part=part: self._after(part)))
         self._write = write
+        # The last that can go wrong: no folder is left behind where the rest does.
+        self.folder = RunFolder.create(out) if isinstance(out, str | Path) else out
         self._signals: list[Tensor] = []
         self._recent = np.empty((0, 2 * len(self.tasks) + len(self.parameters)))
         self._read: list[tuple[str, int, list[Reading]]] = []
@@ -165,12 +166,18 @@ class Watch:
         Args:
             losses_K: The loss of each task, with its graph, without its weight in the total.
             logits: What the model says, for range and saturation.
+
+        Raises:
+            ConfigError: There is not one loss, or not one column of logits, for each task.
         """
+        self._check_shapes(losses_K, logits)
         self._close_step()
         if self._flush_every and self.step and self.step % self._flush_every == 0:
             self.flush()
         self.step += 1
         self._moved = []
+        for part in self._parts:
+            part.done = False
         if self._conflict is not None and self._is_due(self.config.tasks_every):
             self._read.append(("tasks", self.step, self._conflict.read(losses_K)))
         with torch.no_grad():
@@ -186,8 +193,20 @@ class Watch:
                 self._read.append(("dynamics", self.step, found))
         self._expect()
 
+    def _check_shapes(self, losses_K: Tensor, logits: Tensor | None) -> None:
+        count = len(self.tasks)
+        if losses_K.shape != (count,):
+            raise ConfigError(
+                f"Watch: expected {count} losses for {count} tasks, found a tensor of shape {list(losses_K.shape)}; give "
+                "the mean over the rows of each, as in torch.stack(losses)"
+            )
+        if logits is not None and (logits.dim() != 2 or logits.shape[1] != count):
+            raise ConfigError(f"Watch: expected logits [rows, {count}], found a tensor of shape {list(logits.shape)}")
+
     def gradients(self, largest: Float[Tensor, " with_gradient"]) -> None:
         """Give the largest |g| of each parameter that has a gradient, where the loop knows it already."""
+        for part in self._parts:
+            part.note_sparse()
         missing = [p.grad is None for p in self._parameters]
         if any(missing):
             values = iter(largest.unbind())
@@ -229,25 +248,30 @@ class Watch:
         ranks = [reading for part in self._parts for reading in part.tables.read_rank()]
         if ranks:
             held.append(("dynamics", self._ranked, ranks))
+        if self._flush_every and (factors := self._clip.read()):
+            values = torch.stack([factor.detach().float() for factor in factors.values()])
+            held.append(("steps", self.step, [Reading("clip_factor", list(factors), values)]))
         readings = [reading for *_, found in held for reading in found]
-        signals, *values = to_host([torch.stack(self._signals), *(reading.values for reading in readings)])
+        signals, *arrays = to_host([torch.stack(self._signals), *(reading.values for reading in readings)])
         first = self.step - len(self._signals) + 1
         self._signals = []
-        row = self._take_signals(first, signals)
-        self._take_readings(held, values)
-        if self._flush_every and self.folder is not None:  # our own trainer has more to put into this row
-            losses_TK = signals[:, : len(self.tasks)]
-            finite_TK = np.isfinite(losses_TK)
-            means_K = np.where(finite_TK, losses_TK, 0.0).sum(0) / np.maximum(finite_TK.sum(0), 1)
-            losses = {f"loss/{task}": float(mean) for task, mean in zip(self.tasks, means_K, strict=True)}
-            self._put("steps", self.step, {**losses, **row})
+        tops = self._take_signals(first, signals)
+        rows = _join_rows(held, arrays)
+        if self._flush_every:  # our own trainer has more to put into this row
+            rows["steps", self.step] = self._mean_losses(signals) | tops | rows.get(("steps", self.step), {})
+        for (table, step), row in rows.items():
+            if row:
+                self._put(table, step, row)
+            if table == "dynamics":
+                self._warn(self.warning.add_dynamics(step, row))
+        if self._flush_every and self.folder is not None:
             self.folder.flush()
-        return row
+        return tops
 
     def recent(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the last flushed steps: their numbers [T], losses [T, K] and largest gradients [T, P]."""
         k, count = len(self.tasks), len(self._recent)
-        last = self.step - len(self._signals)
+        last = self.step - len(self._signals) - bool(self._open)
         return np.arange(last - count + 1, last + 1), self._recent[:, :k], self._recent[:, 2 * k :]
 
     def window(self, row: Mapping[str, float]) -> list[Change]:
@@ -294,7 +318,8 @@ class Watch:
             self._expect()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the instruments remember between flushes, as tensors and plain values."""
+        """Flush, and return what the instruments remember, as tensors and plain values."""
+        self.flush()
         return {
             "step": self.step,
             "dead": self._dead.state_dict(),
@@ -302,6 +327,7 @@ class Watch:
             "warning": self.warning.state_dict(),
             "verdicts": self.verdicts.state_dict(),
             "alerts": [list(alert) for alert in self.alerts],
+            "changes": [list(change) for change in self.changes],
             "recent": torch.from_numpy(self._recent.copy()),
             "ranked": self._ranked,
         }
@@ -309,15 +335,13 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.step = state["step"]
-        dead = state["dead"]["silent"]
-        if dead is not None and self._parameters:
-            dead = dead.to(self._parameters[0].device)
-        self._dead.load_state_dict({**state["dead"], "silent": dead})
+        self._dead.load_state_dict(state["dead"])
         for part, tables in zip(self._parts, state["tables"], strict=True):
             part.tables.load_state_dict(tables)
         self.warning.load_state_dict(state["warning"])
         self.verdicts.load_state_dict(state["verdicts"])
         self.alerts = [Alert(*alert) for alert in state["alerts"]]
+        self.changes = [Change(*change) for change in state["changes"]]
         self._recent, self._ranked = state["recent"].numpy(), state["ranked"]
         self._expect()
 
@@ -333,7 +357,7 @@ class Watch:
         if self._conflict is not None:
             self._conflict.active = self._is_due(self.config.tasks_every, 1)
 
-    def _pre_hook(self, part: "_Part") -> Callable[..., Any]:
+    def _pre_hook(self, part: StepWatch) -> Callable[..., Any]:
         """Return what sees an optimizer's step coming: at once, or where it calls a closure, after its first call."""
 
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -355,32 +379,28 @@ class Watch:
 
         return hook
 
-    def _before(self, part: "_Part") -> None:
+    def _before(self, part: StepWatch) -> None:
         """See gradients and weights right before an optimizer's step."""
-        if not self._open:
+        if not self._open or part.done:
             return
-        part.note_sparse()
         if self._gradients_P is None:
+            part.note_sparse()
             part.note_gradients()
         if self._looks():
-            full = self._is_due(self.config.dynamics_every)
-            part.dynamics.before(matrices=not full)
-            if full:
-                part.tables.before()
+            part.before(full=self._is_due(self.config.dynamics_every))
         if self.keep_update or self._is_due(self.config.curvature_every):
             self._moved += copy_before(part.parameters)
 
-    def _after(self, part: "_Part") -> None:
+    def _after(self, part: StepWatch) -> None:
         """See what the step has changed."""
-        if not self._open or not self._looks():
+        if not self._open or part.done:
             return
-        if self._is_due(self.config.dynamics_every):
-            rank = self.step - self._ranked >= self.config.rank_every or self._ranked == self.step
+        part.done = True
+        if self._looks():
+            full = self._is_due(self.config.dynamics_every)
+            rank = full and (self.step - self._ranked >= self.config.rank_every or self._ranked == self.step)
             self._ranked = self.step if rank else self._ranked
-            found = part.dynamics.after() + part.tables.after(self.step, rank)
-        else:
-            found = part.dynamics.look()
-        self._read.append(("dynamics", self.step, found))
+            self._read.append(("dynamics", self.step, part.after(full, self.step, rank)))
 
     def _close_step(self) -> None:
         """Put the signals of the step that is under way with the others, on the device."""
@@ -400,7 +420,7 @@ class Watch:
         # A loss of exactly 0 is that of a batch without a label.
         self._note(self.verdicts.add_losses(first, losses_TK, losses_TK != 0))
         # The few rows of a table that a batch holds make its largest gradient a lottery.
-        sparse_P = np.array([yes for part in self._parts for yes in part.sparse or [False] * len(part.parameters)])
+        sparse_P = np.array([yes for part in self._parts for yes in part.sparse])
         judged_TP = np.where(sparse_P & np.isfinite(gradients_TP), np.nan, gradients_TP)
         self._warn(self.warning.add_steps(first, logits_TK, judged_TP))
         areas = (("loss_max", self.tasks), ("logit_max", self.tasks), ("gradient_max", self.parameters))
@@ -412,21 +432,14 @@ class Watch:
             row |= {f"{area}/{name}": float(top) for name, top, yes in zip(names, tops, known, strict=True) if yes}
         return row
 
-    def _take_readings(self, held: Sequence[tuple[str, int, list[Reading]]], values: Sequence[np.ndarray]) -> None:
-        """Put the readings of one table and step into one row, write it, and judge the dynamics."""
-        rows: dict[tuple[str, int], dict[str, float]] = {}
-        found = iter(values)
-        for table, step, readings in held:
-            row = rows.setdefault((table, step), {})
-            for area, labels, _ in readings:
-                # Six digits: these are float32, and there are many.
-                numbers = zip(labels, next(found).tolist(), strict=True)
-                row.update({f"{area}/{label}": float(f"{v:.6g}") for label, v in numbers})
-        for (table, step), row in rows.items():
-            if row:
-                self._put(table, step, row)
-                if table == "dynamics":
-                    self._warn(self.warning.add_dynamics(step, row))
+    def _mean_losses(self, signals_TS: np.ndarray) -> dict[str, float]:
+        """Return the mean of each task's finite losses, and of what is trained."""
+        losses_TK = signals_TS[:, : len(self.tasks)]
+        finite_TK = np.isfinite(losses_TK)
+        sum_K, count_K = np.where(finite_TK, losses_TK, 0.0).sum(0), finite_TK.sum(0)
+        mean_K = np.where(count_K > 0, sum_K / np.maximum(count_K, 1), np.nan)
+        named = zip(["total", *self.tasks], [mean_K @ np.array(self._loss_weights), *mean_K], strict=True)
+        return {f"loss/{name}": float(mean) for name, mean in named}
 
     def _put(self, table: str, step: int, row: Mapping[str, float]) -> None:
         if self._write is not None:
@@ -453,40 +466,34 @@ class Watch:
         return changes
 
 
-class _Part:
-    """The instruments around one optimizer."""
+def _find_kinds(tasks: Sequence[str] | Mapping[str, TaskKind]) -> dict[str, TaskKind]:
+    if not tasks or isinstance(tasks, str):
+        raise ConfigError(f"Watch: expected at least one task, found {tasks!r}; name the losses: tasks=('click',)")
+    kinds: dict[str, TaskKind] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, "binary")
+    if len(kinds) != len(tasks):
+        raise ConfigError(f"Watch: expected tasks of different names, found {list(tasks)}")
+    for kind in kinds.values():
+        check_known(kind, get_args(TaskKind), "kind of task")
+    return kinds
 
-    def __init__(self, optimizer: Optimizer, named: Mapping[str, nn.Parameter], fields: Sequence[Field]) -> None:
-        self.optimizer = optimizer
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        mine = {id(p) for p in self.parameters}
-        own = [(name, p) for name, p in named.items() if id(p) in mine]
-        self.dynamics, self.tables = Dynamics(own, [optimizer]), Tables(own, fields)
-        self.sparse: list[bool] = []
-        self._largest: Tensor | None = None
 
-    def note_sparse(self) -> None:
-        """Remember which gradients are sparse."""
-        if not self.sparse:
-            self.sparse = [p.grad is not None and p.grad.is_sparse for p in self.parameters]
-
-    def note_gradients(self) -> None:
-        """Remember the largest |g| of each parameter: infinite where it is not finite, NaN where there is none."""
-        held = [None if p.grad is None else p.grad._values() if p.grad.is_sparse else p.grad for p in self.parameters]
-        found = [g.detach() for g in held if g is not None]
-        if found:
-            tops = iter(kernels.largest(found).float().unbind())
-            nan = torch.full((), torch.nan, device=found[0].device)
-            self._largest = torch.stack([nan if g is None else next(tops) for g in held])
-
-    def take_gradients(self, like: Tensor) -> Tensor:
-        """Return what was remembered of this step, NaN where the optimizer made none."""
-        largest, self._largest = self._largest, None
-        return like.new_full((len(self.parameters),), torch.nan) if largest is None else largest.to(like)
+def _join_rows(
+    held: Sequence[tuple[str, int, list[Reading]]], arrays: Sequence[np.ndarray]
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Return readings by table and step, each as one row by name."""
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    found = iter(arrays)
+    for table, step, readings in held:
+        row = rows.setdefault((table, step), {})
+        for area, labels, _ in readings:
+            # Six digits: these are float32, and there are many. But counts and the numbers of rows are whole.
+            numbers = zip(labels, next(found).tolist(), strict=True)
+            row.update({f"{area}/{label}": v if v.is_integer() else float(f"{v:.6g}") for label, v in numbers})
+    return rows
 
 
 def _find_conflict(
-    model: nn.Module, shared: str | None, tasks: Sequence[str], loss_weights: Sequence[float] | None
+    model: nn.Module, shared: str | None, tasks: Sequence[str], loss_weights: Sequence[float]
 ) -> TaskConflict | None:
     """Return the comparison of the tasks at the module that they share, if there is one."""
     modules = dict(model.named_modules())

@@ -1,7 +1,4 @@
-"""What every optimizer must hold (`check_optimizer`), slow float64 twins, a tiny problem; for tests, users' own too.
-
-Nothing in the package imports this module.
-"""
+"""What every optimizer must hold (`check_optimizer`), slow float64 twins, a tiny problem."""
 
 import copy
 import io
@@ -227,28 +224,29 @@ def check_optimizer(make: MakeOptimizer, *, guarded: bool = True, sparse: bool =
         _check_compiles(make)
 
 
-def _train(problem: TinyProblem, optimizer: Optimizer, steps: Iterable[int]) -> None:
+def train_tiny(problem: TinyProblem, optimizer: Optimizer, steps: Iterable[int]) -> None:
+    """Make the steps on the batches that belong to them."""
     for step in steps:
         problem.backward(step)
         optimizer.step()
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Compare nested states bit for bit, dtypes included."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and bool(torch.allclose(a, b, 0, 0, equal_nan=True))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b) or (a != a and b != b)
 
 
 def _expect_same(promise: str, problems: tuple[TinyProblem, ...], optimizers: tuple[Optimizer, ...]) -> None:
     first, second = ({**problem.state_dict()} for problem in problems)
-    assert _same(first, second), f"{promise}: the weights differ"
+    assert same(first, second), f"{promise}: the weights differ"
     first, second = (optimizer.state_dict() for optimizer in optimizers)
-    assert _same(first, second), f"{promise}: the states differ"
+    assert same(first, second), f"{promise}: the states differ"
 
 
 def _check_trains(make: MakeOptimizer, sparse: bool) -> None:
@@ -256,7 +254,7 @@ def _check_trains(make: MakeOptimizer, sparse: bool) -> None:
         problem = TinyProblem(dtype, sparse)
         before = problem.loss(0).item()
         optimizer = make(problem.named_parameters())
-        _train(problem, optimizer, [0] * 8)
+        train_tiny(problem, optimizer, [0] * 8)
         for name, param in problem.named_parameters():
             assert param.dtype == dtype, f"keeps the dtype: {name} was {dtype}, is {param.dtype}"
             assert bool(param.isfinite().all()), f"stays finite: {name} in {dtype}"
@@ -269,7 +267,7 @@ def _check_groups(make: MakeOptimizer, sparse: bool) -> None:
     groups = [{"params": [problem.table], "lr": 0.05}, {"params": [problem.weight], "lr": 0.0}]
     optimizer = make(groups)
     optimizer.add_param_group({"params": [problem.empty], "lr": 0.05})
-    _train(problem, optimizer, range(3))
+    train_tiny(problem, optimizer, range(3))
     assert not torch.equal(problem.table, start.table), "groups: the parameter with a learning rate did not move"
     assert torch.equal(problem.weight, start.weight), "groups: the parameter with a learning rate of 0 moved"
     assert torch.equal(problem.bias, start.bias), "groups: a parameter in no group moved"
@@ -283,7 +281,7 @@ def _check_deterministic(make: MakeOptimizer, sparse: bool) -> None:
     problems = TinyProblem(sparse=sparse), TinyProblem(sparse=sparse)
     optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
     for problem, optimizer in zip(problems, optimizers, strict=True):
-        _train(problem, optimizer, range(5))
+        train_tiny(problem, optimizer, range(5))
     _expect_same("deterministic", problems, optimizers)
 
 
@@ -291,7 +289,7 @@ def _check_resumes(make: MakeOptimizer, sparse: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         through = TinyProblem(dtype, sparse)
         optimizer = make(through.named_parameters())
-        _train(through, optimizer, range(4))
+        train_tiny(through, optimizer, range(4))
         file = io.BytesIO()
         torch.save({"model": through.state_dict(), "optimizer": optimizer.state_dict()}, file)
         file.seek(0)
@@ -302,23 +300,23 @@ def _check_resumes(make: MakeOptimizer, sparse: bool) -> None:
         fresh = make([{"params": list(resumed.named_parameters()), "lr": 0.123}])
         fresh.load_state_dict(saved["optimizer"])
         _expect_same(f"resumes in {dtype}, at once", (through, resumed), (optimizer, fresh))
-        _train(through, optimizer, range(4, 8))
-        _train(resumed, fresh, range(4, 8))
+        train_tiny(through, optimizer, range(4, 8))
+        train_tiny(resumed, fresh, range(4, 8))
         _expect_same(f"resumes in {dtype}", (through, resumed), (optimizer, fresh))
 
 
 def _check_copies(make: MakeOptimizer, sparse: bool) -> None:
     problem = TinyProblem(sparse=sparse)
     optimizer = make(problem.named_parameters())
-    _train(problem, optimizer, range(3))
+    train_tiny(problem, optimizer, range(3))
     problem.zero_grad()
     copies = {
         "deepcopy": copy.deepcopy((problem, optimizer)),
         "pickle": pickle.loads(pickle.dumps((problem, optimizer))),
     }
-    _train(problem, optimizer, range(3, 6))
+    train_tiny(problem, optimizer, range(3, 6))
     for how, (other, its_optimizer) in copies.items():
-        _train(other, its_optimizer, range(3, 6))
+        train_tiny(other, its_optimizer, range(3, 6))
         _expect_same(how, (problem, other), (optimizer, its_optimizer))
 
 
@@ -345,11 +343,11 @@ def _check_scheduler(make: MakeOptimizer, sparse: bool) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], step_size=1, gamma=0.5)
     for step in range(3):
         for problem, optimizer in zip(problems, optimizers, strict=True):
-            _train(problem, optimizer, [step])
+            train_tiny(problem, optimizer, [step])
         scheduler.step()
         for group in optimizers[1].param_groups:
             group["lr"] = group["lr"] * 0.5
-    assert _same(problems[0].state_dict(), problems[1].state_dict()), "scheduler: its rates did not reach the step"
+    assert same(problems[0].state_dict(), problems[1].state_dict()), "scheduler: its rates did not reach the step"
 
 
 def _check_accumulation(make: MakeOptimizer, sparse: bool) -> None:
@@ -357,7 +355,7 @@ def _check_accumulation(make: MakeOptimizer, sparse: bool) -> None:
     optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
     for step in range(3):
         # Quarters and halves, so that the sum of the parts is the whole bit for bit.
-        _train(problems[0], optimizers[0], [step])
+        train_tiny(problems[0], optimizers[0], [step])
         problems[1].zero_grad()
         for part in (0.25, 0.25, 0.5):
             (part * problems[1].loss(step)).backward()
@@ -372,7 +370,7 @@ def _check_scaler(make: MakeOptimizer, sparse: bool) -> None:
     optimizers = make(problems[0].named_parameters()), make(problems[1].named_parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # a power of two, so that nothing is rounded
     for step in range(4):
-        _train(problems[0], optimizers[0], [step])
+        train_tiny(problems[0], optimizers[0], [step])
         problems[1].zero_grad()
         scaler.scale(problems[1].loss(step)).backward()
         scaler.step(optimizers[1])
@@ -386,7 +384,7 @@ def _check_compiles(make: MakeOptimizer) -> None:
     torch.compiler.reset()
     step = torch.compile(optimizers[1].step, backend="aot_eager")
     for number in range(3):
-        _train(problems[0], optimizers[0], [number])
+        train_tiny(problems[0], optimizers[0], [number])
         problems[1].backward(number)
         step()
     torch.compiler.reset()
@@ -408,7 +406,7 @@ def _check_refuses(make: MakeOptimizer, sparse: bool) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         problem = TinyProblem(sparse=sparse)
         optimizer = make(problem.named_parameters())
-        _train(problem, optimizer, range(2))
+        train_tiny(problem, optimizer, range(2))
         weight, state = problem.table.detach().clone(), _state_of(optimizer, 0)
         bias = problem.bias.detach().clone()
         problem.backward(2)
@@ -423,7 +421,7 @@ def _check_refuses(make: MakeOptimizer, sparse: bool) -> None:
         assert counts, f"{what}: nothing counts it; expected a state whose key ends with 'bad_steps'"
         assert any(int(after[key]) == int(state[key]) + 1 for key in counts), f"{what}: it was not counted"
         for key in after.keys() - {"step", *counts, *_OF_THE_LAST_STEP}:
-            assert _same(after[key], state[key]), f"{what}: it changed the state '{key}'"
+            assert same(after[key], state[key]), f"{what}: it changed the state '{key}'"
         assert not torch.equal(problem.bias, bias), f"{what}: it stopped another parameter"
 
 
