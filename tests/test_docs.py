@@ -113,7 +113,8 @@ def test_the_commands_of_the_pages_exist() -> None:
     from steadyrank.cli import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
-    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/data.md", "docs/instruments.md", "recipes/README.md"))
+    pages = ("README.md", "docs/data.md", "docs/instruments.md", "recipes/README.md")
+    text = "".join((ROOT / page).read_text() for page in pages)
     used = set(re.findall(r"^steadyrank (\w+)", text, re.M)) | set(re.findall(r"`steadyrank (\w+)", text))
     assert used <= known
     make = (ROOT / "Makefile").read_text()
