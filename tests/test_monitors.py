@@ -18,7 +18,7 @@ from steadyrank.monitors.tasks import TaskConflict
 from steadyrank.monitors.warning import Alert, EarlyWarning, WarningConfig
 from steadyrank.report import write_report
 from steadyrank.runs import RunFolder
-from steadyrank.testing import check_monitor, forbid_host_sync
+from steadyrank.testing import forbid_host_sync
 
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
 OFTEN = WatchConfig(look_every=2, dynamics_every=4, tasks_every=4, rank_every=4, curvature_every=8)
@@ -180,7 +180,7 @@ def test_a_nan_shows_at_its_own_step_and_is_not_remembered() -> None:
         train(model, optimizers, range(12), watch, bad)
         watch.flush()
         # Clippy refuses the step for the trunk only, so what is compared are the verdicts and the warning's memory.
-        assert np.isfinite(watch.warning._history).mean() > 0.5
+        assert watch.warning._band.count()[:-1].min() >= 11  # but the table, whose gradients are not judged
         return rows
 
     rows = watched(bad=7)
@@ -407,55 +407,8 @@ def test_what_cannot_be_watched_is_refused_in_plain_words() -> None:
     with pytest.raises(ConfigError, match="no module 'trunc'; did you mean 'trunk'"):
         Watch(model, optimizer, ("a",), shared="trunc")
     watch = Watch(model, optimizer, ("a", "b", "c"))
-    with pytest.raises(ConfigError, match="2 losses for 3 tasks"):
+    with pytest.raises(ConfigError, match=r"3 tasks, found a tensor of shape \[2\]"):
         watch.losses(torch.ones(2))
-
-
-@pytest.mark.parametrize("config", [None, OFTEN, WatchConfig(look_every=1, dynamics_every=1, curvature_every=1)])
-def test_a_watch_holds_what_monitors_promise(config: WatchConfig | None) -> None:
-    check_monitor(
-        lambda model, optimizer, write: Watch(model, optimizer, ("a",), config=config, flush_every=0, write=write)
-    )
-
-
-class Forgetful:
-    """A monitor that breaks a promise: it writes how many steps it saw, and does not remember them."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, write: Any) -> None:
-        self.model, self.write, self.steps, self.harm = model, write, 0, False
-
-    def losses(self, losses_K: Tensor) -> None:
-        self.steps += 1
-        if self.harm:
-            next(self.model.parameters()).data.add_(1e-3)
-
-    def flush(self) -> None:
-        self.write("steps", self.steps, {"seen/steps": float(self.steps)})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Harmful(Forgetful):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.harm = True
-
-
-class Waiting(Forgetful):
-    def losses(self, losses_K: Tensor) -> None:
-        losses_K.sum().item()
-
-
-@pytest.mark.parametrize(
-    ("monitor", "promise"), [(Forgetful, "resumes"), (Harmful, "changes nothing"), (Waiting, "host sync")]
-)
-def test_broken_promises_are_found(monitor: type[Forgetful], promise: str) -> None:
-    with pytest.raises(AssertionError, match=promise):
-        check_monitor(monitor)
 
 
 def test_readings_come_in_one_copy_by_name() -> None:

@@ -132,7 +132,8 @@ def mean_entropy(shares_BE: Float[Tensor, "batch experts"]) -> Float[Tensor, ""]
     experts = shares_BE.shape[1]
     if experts < 2:
         return shares_BE.new_ones((), dtype=torch.float32)
-    return torch.special.entr(shares_BE.float()).sum(1).mean() / math.log(experts)
+    entropy_B: Tensor = torch.special.entr(shares_BE.float()).sum(1)
+    return entropy_B.mean() / math.log(experts)
 
 
 def read_logits(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -31,7 +31,32 @@ def fetch(readings: Sequence[Reading]) -> dict[str, float]:
     }
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[Float64[np.ndarray, "*shape"]]:
+def join_rows(
+    held: Sequence[tuple[str, int, Sequence[Reading]]], arrays: Sequence[np.ndarray]
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Return readings as rows by table and step, each by name.
+
+    Args:
+        held: Table, step and readings.
+        arrays: The values of all these readings, in their order.
+
+    >>> a, b = (Reading(area, ["x"], torch.ones(1)) for area in "ab")
+    >>> held = [("dynamics", 10, [a]), ("dynamics", 10, [b])]
+    >>> join_rows(held, [np.array([1 / 3]), np.array([1234567.0])])
+    {('dynamics', 10): {'a/x': 0.333333, 'b/x': 1234567.0}}
+    """
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    found = iter(arrays)
+    for table, step, readings in held:
+        row = rows.setdefault((table, step), {})
+        for area, labels, _ in readings:
+            # Six digits: these are float32, and there are many. But counts and the numbers of rows are whole.
+            numbers = zip(labels, next(found).tolist(), strict=True)
+            row.update({f"{area}/{label}": v if v.is_integer() else float(f"{v:.6g}") for label, v in numbers})
+    return rows
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     """Return tensors as arrays of float64, in one copy from each device.
 
     >>> to_host([torch.ones(2), torch.zeros(1, 1)])

@@ -29,15 +29,18 @@ class StepWatch:
         own = [(name, p) for name, p in named.items() if id(p) in mine]
         self.dynamics, self.tables = Dynamics(own, [optimizer]), Tables(own, fields)
         self.sparse = [False] * len(self.parameters)
-        """Which gradients have been sparse."""
+        """Which gradients are sparse."""
         self.done = False
         """The step of the losses that came last has been made."""
+        self._unseen = list(range(len(self.parameters)))  # those that have had no gradient yet
         self._largest: Tensor | None = None
 
     def note_sparse(self) -> None:
         """Remember which gradients are sparse."""
-        pairs = zip(self.sparse, self.parameters, strict=True)
-        self.sparse = [before or (p.grad is not None and p.grad.is_sparse) for before, p in pairs]
+        for i in self._unseen:
+            grad = self.parameters[i].grad
+            self.sparse[i] = grad is not None and grad.is_sparse
+        self._unseen = [i for i in self._unseen if self.parameters[i].grad is None]
 
     def note_gradients(self) -> None:
         """Remember the largest |g| of each parameter: infinite where it is not finite, NaN where there is none."""

@@ -188,5 +188,5 @@ def effective_rank(rows_SD: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
 
 
 def _row_norms(x_ND: Tensor) -> Float[Tensor, " rows"]:
-    # What is NaN equals nothing, and so would never be found again.
-    return torch.linalg.vector_norm(x_ND.float(), dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    norm_N: Tensor = torch.linalg.vector_norm(x_ND.float(), dim=1)
+    return norm_N.nan_to_num(nan=torch.inf, posinf=torch.inf)  # what is NaN equals nothing: no row would be found

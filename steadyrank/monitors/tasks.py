@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..errors import check_known
 from .readings import Reading
 
 
@@ -26,8 +27,8 @@ class TaskConflict:
     has its own (MMoE, PLE), it is the input.
 
     A task whose loss does not depend on h (no label in the batch) has norm and share 0, and no cosine (NaN). Where
-    nothing pulls at h at all, the shares are NaN too. What is not finite in one task makes its norm, its cosines and all
-    shares NaN or infinite, and those of the others too where their gradients pass through it (0 times infinity is NaN).
+    nothing pulls at h at all, the shares are NaN too. What is not finite in one task makes its norm, its cosines and
+    all shares NaN or infinite, and those of the others too where their gradients pass through it (0 times infinity).
 
     Args:
         shared: The module that the tasks share.
@@ -99,3 +100,30 @@ def compare_gradients(gradients_KH: Float[Tensor, "tasks size"], tasks: Sequence
         cosines = torch.stack([products_KK[i, j] / (norm_K[i] * norm_K[j]) for i, j in pairs])
         found.append(Reading("task_cosine", [f"{tasks[i]}|{tasks[j]}" for i, j in pairs], cosines))
     return found
+
+
+def find_conflict(
+    model: nn.Module, shared: str | None, tasks: Sequence[str], loss_weights: Sequence[float]
+) -> TaskConflict | None:
+    """Return the comparison of the tasks at the module that they share, if there is one.
+
+    Args:
+        model: Holds the module.
+        shared: Its name; "" for none; None for the one called `trunk`, where there is one.
+        tasks: Their names.
+        loss_weights: Weight of each task's loss.
+
+    Raises:
+        ConfigError: There is no module of that name.
+
+    >>> model = nn.ModuleDict({"trunk": nn.Linear(2, 2)})
+    >>> find_conflict(model, None, ["click"], [1.0]) is None, find_conflict(model, "", ["click"], [1.0]) is None
+    (False, True)
+    """
+    modules = dict(model.named_modules())
+    if shared is None:
+        shared = min((n for n in modules if n.rpartition(".")[2] == "trunk"), key=len, default="")
+    if not shared:
+        return None
+    check_known(shared, [name for name in modules if name], "module")
+    return TaskConflict(modules[shared], tasks, loss_weights)

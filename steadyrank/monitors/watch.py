@@ -21,10 +21,10 @@ from ..settings import Settings
 from .activations import DeadUnits, Gates, read_logits
 from .curvature import Before, copy_before, find_updates, measure_headroom
 from .dynamics import ClipFactors
-from .readings import Reading, to_host
+from .readings import Reading, join_rows, to_host
 from .steps import StepWatch
 from .tables import Field
-from .tasks import TaskConflict
+from .tasks import find_conflict
 from .verdict import Change, VerdictConfig, Verdicts
 from .warning import Alert, EarlyWarning, WarningConfig
 
@@ -140,7 +140,7 @@ class Watch:
         matrices = [name for name, p in zip(self.parameters, self._parameters, strict=True) if p.dim() > 1]
         self.warning = EarlyWarning(self.tasks, self.parameters, self.config.warning, matrices)
         self._dead, self._gates = DeadUnits(model, self.config.dead_batches), Gates(model)
-        self._conflict = _find_conflict(model, shared, self.tasks, self._loss_weights)
+        self._conflict = find_conflict(model, shared, self.tasks, self._loss_weights)
         self._handles = [*self._dead.handles, *self._gates.handles, *(self._conflict.handles if self._conflict else [])]
         named = dict(zip(self.parameters, self._parameters, strict=True))
         self._clip = ClipFactors(named.items(), held)
@@ -197,8 +197,8 @@ class Watch:
         count = len(self.tasks)
         if losses_K.shape != (count,):
             raise ConfigError(
-                f"Watch: expected {count} losses for {count} tasks, found a tensor of shape {list(losses_K.shape)}; give "
-                "the mean over the rows of each, as in torch.stack(losses)"
+                f"Watch: expected {count} losses for {count} tasks, found a tensor of shape {list(losses_K.shape)}; "
+                "give the mean over the rows of each, as in torch.stack(losses)"
             )
         if logits is not None and (logits.dim() != 2 or logits.shape[1] != count):
             raise ConfigError(f"Watch: expected logits [rows, {count}], found a tensor of shape {list(logits.shape)}")
@@ -256,7 +256,7 @@ class Watch:
         first = self.step - len(self._signals) + 1
         self._signals = []
         tops = self._take_signals(first, signals)
-        rows = _join_rows(held, arrays)
+        rows = join_rows(held, arrays)
         if self._flush_every:  # our own trainer has more to put into this row
             rows["steps", self.step] = self._mean_losses(signals) | tops | rows.get(("steps", self.step), {})
         for (table, step), row in rows.items():
@@ -475,31 +475,3 @@ def _find_kinds(tasks: Sequence[str] | Mapping[str, TaskKind]) -> dict[str, Task
     for kind in kinds.values():
         check_known(kind, get_args(TaskKind), "kind of task")
     return kinds
-
-
-def _join_rows(
-    held: Sequence[tuple[str, int, list[Reading]]], arrays: Sequence[np.ndarray]
-) -> dict[tuple[str, int], dict[str, float]]:
-    """Return readings by table and step, each as one row by name."""
-    rows: dict[tuple[str, int], dict[str, float]] = {}
-    found = iter(arrays)
-    for table, step, readings in held:
-        row = rows.setdefault((table, step), {})
-        for area, labels, _ in readings:
-            # Six digits: these are float32, and there are many. But counts and the numbers of rows are whole.
-            numbers = zip(labels, next(found).tolist(), strict=True)
-            row.update({f"{area}/{label}": v if v.is_integer() else float(f"{v:.6g}") for label, v in numbers})
-    return rows
-
-
-def _find_conflict(
-    model: nn.Module, shared: str | None, tasks: Sequence[str], loss_weights: Sequence[float]
-) -> TaskConflict | None:
-    """Return the comparison of the tasks at the module that they share, if there is one."""
-    modules = dict(model.named_modules())
-    if shared is None:
-        shared = min((n for n in modules if n.rpartition(".")[2] == "trunk"), key=len, default="")
-    if not shared:
-        return None
-    check_known(shared, [name for name in modules if name], "module")
-    return TaskConflict(modules[shared], tasks, loss_weights)

@@ -4,6 +4,7 @@ Nothing in the package imports this.
 """
 
 from .monitors import Monitor as Monitor
+from .monitors import TinyTasks as TinyTasks
 from .monitors import check_monitor as check_monitor
 from .optimizers import ClippyAdamTwin as ClippyAdamTwin
 from .optimizers import ClippyTwin as ClippyTwin
