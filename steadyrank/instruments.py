@@ -75,6 +75,7 @@ class Instruments:
     def begin_window(self, batch: Batch) -> None:
         """Measure headroom on the first batch of a window, before anything of it is learned."""
         if self.watch.headroom_is_due:
+            self._looked_ahead = self.watch.step
             self.watch.headroom(lambda: self._losses_of(batch), "headroom_next")
 
     def note(self, batch: Batch) -> None:

@@ -161,7 +161,8 @@ def test_a_nan_shows_and_is_then_as_if_it_had_not_been() -> None:
     units, without = DeadUnits(model, batches=2), DeadUnits(model, batches=2)
     units.active = True
     assert math.isnan(dead_of(units, model, [[nan, 0.0]]))
-    for values in ([[1.0, 0.0]], [[0.0, 0.0]], [[nan, nan]], [[1.0, 0.0]], [[0.0, 0.0]], [[0.0, 0.0]]):
+    lost, one, none = [[nan, nan]], [[1.0, 0.0]], [[0.0, 0.0]]
+    for values in (one, none, lost, one, lost, none, lost, none):
         units.active, without.active = True, False
         seen = dead_of(units, model, values)
         units.active, without.active = False, True

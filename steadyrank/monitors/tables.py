@@ -63,7 +63,7 @@ class Tables:
         self._starts: dict[str, Int64[Tensor, " fields"]] = {}
         self._first: dict[str, Tensor] = {}
         self._before: list[tuple[str, nn.Parameter, Tensor, Tensor]] = []
-        self._sample: list[tuple[list[str], Tensor, Tensor]] = []
+        self._sample: dict[str, tuple[list[str], Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def before(self) -> None:
@@ -80,7 +80,7 @@ class Tables:
 
         Args:
             step: Its number, for the age of rows.
-            rank: Also keep a sample of rows for `read_rank`.
+            rank: Also keep a sample of rows for `read_rank`, in place of an earlier one.
         """
         held, self._before = self._before, []
         return [reading for each in held for reading in self._read(*each, step, rank)]
@@ -113,7 +113,7 @@ class Tables:
         age_F = step - first[row_F.long()].float()
         none_F = touched_F == 0
         if rank:
-            self._keep_sample([f.name for f in fields], after_ND, field_N)
+            self._sample[name] = _sample_rows([f.name for f in fields], after_ND, field_N)
         by_area = {
             "rows_touched": touched_F,
             "row_update_max": most(moved_N),
@@ -127,21 +127,12 @@ class Tables:
             for area, v in by_area.items()
         ]
 
-    def _keep_sample(self, names: list[str], after_ND: Tensor, field_N: Tensor) -> None:
-        """Keep rows of each field, evenly over the batch's sorted rows; nothing waits for how many there are."""
-        ends_F = torch.searchsorted(field_N, torch.arange(len(names), device=field_N.device), right=True)
-        begins_F = torch.cat([ends_F.new_zeros(1), ends_F[:-1]])
-        count_F = ends_F - begins_F
-        steps_S = torch.arange(SAMPLE, device=field_N.device)
-        at_FS = begins_F[:, None] + steps_S * count_F[:, None] // SAMPLE
-        self._sample.append((names, after_ND[at_FS.clamp(max=len(field_N) - 1)], count_F > 0))
-
     @torch.no_grad()
     def read_rank(self) -> list[Reading]:
         """Return `effective_rank` of the samples that were kept; on a GPU this may wait, so it belongs to a flush."""
-        held, self._sample = self._sample, []
+        held, self._sample = self._sample, {}
         found = []
-        for names, rows_FSD, some_F in held:
+        for names, rows_FSD, some_F in held.values():
             ranks = torch.stack([effective_rank(rows_SD) for rows_SD in rows_FSD])
             found.append(Reading("effective_rank", names, torch.where(some_F, ranks, torch.nan)))
         return found
@@ -167,6 +158,16 @@ def _check_fields(fields: Sequence[Field], rows: int) -> None:
         end += field.rows
     if fields and end != rows:
         raise ConfigError(f"{fields[0].parameter} has {rows} rows, and its fields have {end}; name all of them")
+
+
+def _sample_rows(names: list[str], after_ND: Tensor, field_N: Tensor) -> tuple[list[str], Tensor, Tensor]:
+    """Return rows of each field, evenly over the batch's sorted rows; nothing waits for how many there are."""
+    ends_F = torch.searchsorted(field_N, torch.arange(len(names), device=field_N.device), right=True)
+    begins_F = torch.cat([ends_F.new_zeros(1), ends_F[:-1]])
+    count_F = ends_F - begins_F
+    steps_S = torch.arange(SAMPLE, device=field_N.device)
+    at_FS = begins_F[:, None] + steps_S * count_F[:, None] // SAMPLE
+    return names, after_ND[at_FS.clamp(max=len(field_N) - 1)], count_F > 0
 
 
 def effective_rank(rows_SD: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:

@@ -53,7 +53,10 @@ class TaskConflict:
         self.handles = [shared.register_forward_hook(self._look)]
 
     def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self.active and torch.is_grad_enabled():
+        # A graph that is compiled keeps the representation to itself; asked first, this costs no second compiling.
+        if torch.compiler.is_compiling():
+            return
+        if self.active and module.training and torch.is_grad_enabled():
             outputs = list(output) if isinstance(output, list | tuple) else [output]
             same = isinstance(outputs[0], Tensor) and all(each is outputs[0] for each in outputs)
             self._h = outputs[0] if same else next((x for x in inputs if isinstance(x, Tensor)), None)
@@ -61,8 +64,8 @@ class TaskConflict:
     def read(self, losses_K: Float[Tensor, " tasks"]) -> list[Reading]:
         """Return the readings; to be called between forward and backward, whose graph stays as it is.
 
-        Empty when no forward pass was watched, nothing below the representation is trained, or no loss is connected
-        with it: in a model under `torch.compile` it lies within the graph that was compiled, where nothing sees it.
+        Empty when no forward pass was watched (none is in evaluation mode, or under `torch.compile`), nothing below the
+        representation is trained, or no loss depends on it.
         """
         h, self._h = self._h, None
         if h is None or not h.requires_grad or not losses_K.requires_grad:
