@@ -18,6 +18,7 @@ from .console import (
     print_slices,
     print_summary,
     say,
+    say_event,
     start_line,
     training_bar,
 )
@@ -99,16 +100,17 @@ def train(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with this run folder instead.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="At the end of the log, wait for new files.")] = False,
 ) -> None:
     """Train in time order, every row scored before it is learned."""
     if resume is not None:
         if config is not None or out is not None or sets:
-            raise typer.BadParameter("--resume takes its settings from the run folder; give nothing else")
-        _go_on(RunFolder.open(resume))
+            raise typer.BadParameter("--resume takes its settings from the run folder; give --follow at most with it")
+        _go_on(RunFolder.open(resume), follow)
     elif config is None:
         raise typer.BadParameter("give a TOML file (steadyrank init writes one), or --resume RUN")
     else:
-        _train(load(config, sets or []), out, overwrite)
+        _train(load(config, [*(sets or []), *(["train.follow=true"] if follow else [])]), out, overwrite)
 
 
 @app.command(epilog="Example: steadyrank evaluate runs/demo-1 tomorrow.parquet")
@@ -222,18 +224,19 @@ def _train(config: RunConfig, out: Path | None, overwrite: bool) -> Path:
         return _finish(parts, folder)
 
 
-def _go_on(folder: RunFolder) -> Path:
+def _go_on(folder: RunFolder, follow: bool) -> Path:
     """Resume a run from its newest checkpoint."""
-    config = RunConfig.from_toml(folder.config_text(), where=str(folder.path))
+    text, sets = folder.config_text(), ["train.follow=true"] if follow else []
+    config = RunConfig.from_toml(text, sets, where=str(folder.path))
     with folder:
-        return _finish(config.build(), folder, resume=True)
+        return _finish(config.build(resume=True), folder, resume=True)
 
 
 def _finish(parts: Parts, folder: RunFolder, resume: bool = False) -> Path:
     say(start_line(parts))
     try:
         with training_bar(parts.reader.rows) as show:
-            summary = run_sequentially(parts, folder, on_progress=show, resume=resume)
+            summary = run_sequentially(parts, folder, on_progress=show, on_event=say_event, resume=resume)
     except SteadyRankError:
         say(f"the run up to there: {folder.path}")
         raise

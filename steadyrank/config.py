@@ -25,6 +25,7 @@ from .optim import (
     build_optimizer,
     split_parameters,
 )
+from .recovery import RecoveryConfig
 from .runs import RunFolder
 from .schema import Schema
 from .sequential import Parts, TrainConfig, find_device
@@ -73,8 +74,16 @@ class RunConfig(Settings):
     """The loop."""
     watch: WatchConfig = WatchConfig()
     """The instruments."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """What is done when something goes wrong."""
     trackers: TrackersConfig = TrackersConfig()
     """Where readings are shown, besides the run folder."""
+
+    @model_validator(mode="after")
+    def _follows_a_log(self) -> "RunConfig":
+        if self.train.follow and isinstance(self.data, StreamConfig):
+            raise ValueError("train.follow: a generated stream never grows; give data.path, the folder of a log")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -95,15 +104,18 @@ class RunConfig(Settings):
                 return data  # refused again below, under its full path
         return {**data, "schema": Stream(source).schema()} if isinstance(source, StreamConfig) else data
 
-    def source(self) -> Source:
-        """Open the log."""
+    def source(self, *, grows: bool = False) -> Source:
+        """Open the log; where it `grows`, files that do not fit are passed over and reported in the run."""
         if isinstance(self.data, StreamConfig):
             return Stream(self.data)
-        return ParquetLog(self.data, self.schema_.time)
+        return ParquetLog(self.data, self.schema_.time, lenient=grows or self.train.follow)
 
     def build_reader(self, source: Source | None = None) -> Reader:
         """Open the log (or `source` instead) as windows and batches."""
-        return Reader(source or self.source(), self.schema_, self.reader, self.seed)
+        reader = self.reader
+        if self.train.follow:  # so that it does not matter when a file came
+            reader = reader.model_copy(update={"window_per_file": True})
+        return Reader(source or self.source(), self.schema_, reader, self.seed)
 
     def build_model(self) -> Ranker:
         """Make the model, its weights decided by the seed."""
@@ -117,14 +129,18 @@ class RunConfig(Settings):
             made["tables"] = build_optimizer(self.optimizer.tables, tables, sparse=True)
         return made
 
-    def build(self, source: Source | None = None) -> Parts:
+    def build(self, source: Source | None = None, *, resume: bool = False) -> Parts:
         """Make everything that a run needs.
+
+        Args:
+            source: In place of the log that the configuration names.
+            resume: To go on with a run: the log may have grown.
 
         Raises:
             ConfigError, DataError: The log cannot be opened, or lacks a column.
         """
         device = find_device(self.train.device)
-        reader, model = self.build_reader(source), self.build_model()
+        reader, model = self.build_reader(source or self.source(grows=resume)), self.build_model()
         optimizers = self.build_optimizers(model)
         summary = model.summary()
         facts = {
@@ -142,6 +158,7 @@ class RunConfig(Settings):
             self.train,
             device,
             watch=self.watch,
+            recovery=self.recovery,
             trackers=self.trackers,
             settings=settings,
             facts=facts,
@@ -211,7 +228,7 @@ def trained(run: str | Path) -> tuple[RunConfig, Ranker]:
     folder = RunFolder.open(run)
     config = RunConfig.from_toml(folder.config_text(), where=str(folder.path))
     model = config.build_model()
-    state = folder.load_checkpoint()
+    state = folder.checkpoints.load()
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:

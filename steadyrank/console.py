@@ -15,8 +15,8 @@ from rich.table import Table
 from .evaluate import Metrics
 from .metrics import share_attainable
 from .monitors.cause import Cause
-from .sequential import OnProgress, Parts
-from .sequential import Progress as RunProgress
+from .parts import OnProgress, Parts
+from .parts import Progress as RunProgress
 
 console = Console()
 errors = Console(stderr=True)
@@ -28,6 +28,11 @@ _FEATURES, _COLUMNS = 5, 5
 def say(text: str) -> None:
     """Print a line as it is: paths and commands must survive copying."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_event(step: int, kind: str, message: str) -> None:
+    """Print what a user should see at once, above the progress bar."""
+    say(f"step {step:,}: {kind.replace('_', ' ')}: {message}")
 
 
 def start_line(parts: Parts) -> str:
@@ -100,6 +105,18 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         if not gain(task) > 0:
             console.print(f"[yellow]{escape(name)}[/]: {why_not(task)}")
+    if survived := survival(summary):
+        say(survived)
+
+
+def survival(summary: Mapping[str, Any]) -> str:
+    """Say what the guard and the recovery did in a run; "" where there was nothing to do."""
+    recovery = summary.get("recovery", {})
+    done = [f"{count} bad steps left out"] if (count := summary.get("bad_steps", 0)) else []
+    done += [f"{count} x {rung}" for rung, count in recovery.get("actions", {}).items() if rung != "skip"]
+    if rows := recovery.get("rows_skipped"):
+        done.append(f"{rows:,} rows neither learned nor scored")
+    return f"survived: {', '.join(done)}" if done else ""
 
 
 def gain(task: Mapping[str, Any], part: str = "run", baseline: str = "baseline") -> float:

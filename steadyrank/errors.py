@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
 
 class SteadyRankError(Exception):
     """The base of every error that this package raises on purpose."""
@@ -38,6 +40,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters spelt out, but for tabs and line breaks: a terminal would obey them.
+
+    >>> visible("click" + chr(27) + "]0;title" + chr(7))
+    'click\\\\x1b]0;title\\\\x07'
+    """
+    return text.translate(_CONTROLS)
 
 
 def near_path(path: str | Path) -> str:

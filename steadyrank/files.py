@@ -5,10 +5,11 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +21,15 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _WORDS = frozenset({"name", "status", "message", "kind", "feature"})
 # Half a surrogate, as in a file name that is no UTF-8, becomes an escape that JSON reads back.
 _ODD = "backslashreplace"
+# What we write stays far below; a file from elsewhere that goes beyond would only fill the memory.
+MOST_BYTES = 64 << 20
+"""Of a file that is read as a whole."""
+MOST_LINE_BYTES = 16 << 20
+"""Of one line."""
+MOST_LINES_BYTES = 2 << 30
+"""Of a file of JSON lines."""
+_MOST_DIGITS = 40  # a generator's state has 128 bits; every such number is also a finite float
+_DEEPEST = 64
 
 
 @contextmanager
@@ -34,9 +44,23 @@ def writing(
         raise error(f"cannot write {path}: {refusal.strerror or refusal}{where}; {advice}") from refusal
 
 
+def refuse_link(path: Path) -> None:
+    """Refuse to write or delete through a link, which leads wherever the maker of a run folder wanted it to lead.
+
+    Raises:
+        CheckpointError: The path is a link.
+    """
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path} is a link to {os.readlink(path)}; nothing in a run folder is written or deleted through a link: "
+            "remove it, or put what it leads to in its place"
+        )
+
+
 def append_lines(path: Path, lines: list[str]) -> None:
     """Append whole lines in one write; where that fails, the file is as long as before."""
     data = "".join(line + "\n" for line in lines).encode(errors=_ODD)
+    refuse_link(path)
     with writing(path), path.open("a+b", buffering=0) as file:
         size = _whole_lines(path)
         file.truncate(size)  # a line that a crash tore would spoil the next one
@@ -65,43 +89,85 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, none when it is absent; a torn last line is left out."""
     if not path.exists():
         return []
-    # Only "\n" ends a row: str.splitlines would also break at U+2028, which a task's name may hold.
-    lines = read_text(path, errors="replace").split("\n")[:-1]
     rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path}, line {number}: a JSON object was expected ({error}); delete that line to read the rest"
-            ) from error
+    with _reading(path, MOST_LINES_BYTES) as file:
+        # Only "\n" ends a row: str.splitlines would also break at U+2028, which a task's name may hold.
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES), b""), start=1):
+            try:
+                if len(line) == MOST_LINE_BYTES:
+                    raise ValueError(f"it has {MOST_LINE_BYTES >> 20} MB and more")
+                if line.endswith(b"\n"):
+                    rows.append(_parse_object(line.decode(errors="replace")))
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path}, line {number}: a JSON object was expected ({error}); delete that line to read the rest"
+                ) from error
     return rows
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file."""
     try:
-        found = json.loads(read_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: JSON was expected ({error}); the file is damaged") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected, not a {type(found).__name__}; the file is damaged")
-    return found
+        return _parse_object(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: a JSON object was expected ({error}); the file is damaged") from error
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
+def read_text(path: Path, errors: str = "strict", most_bytes: int = MOST_BYTES) -> str:
     """Return a text file, or say why it cannot be read."""
+    with _reading(path, most_bytes) as file:
+        return file.read(most_bytes).decode(errors=errors)
+
+
+@contextmanager
+def _reading(path: Path, most_bytes: int) -> Iterator[BinaryIO]:
+    """Open a regular file, not too large: from a pipe or a device a reader may wait for ever."""
     try:
-        return path.read_text(encoding="utf-8", errors=errors)
+        with open(path, "rb", opener=_open_at_once) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError("it is no regular file")
+            if facts.st_size > most_bytes:
+                raise OSError(f"it has {facts.st_size:,} bytes, more than the {most_bytes:,} that are read")
+            yield cast(BinaryIO, file)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; check the path and its permissions") from error
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds, if nothing in it would be too much for whoever walks through it."""
+    found = _DECODER.decode(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"not a {type(found).__name__}")
+    if text.count("[") + text.count("{") > _DEEPEST:
+        level: list[Any] = [found]
+        for _ in range(_DEEPEST):
+            inner = (each for one in level for each in (one.values() if isinstance(one, dict) else one))
+            level = [each for each in inner if isinstance(each, dict | list)]
+        if level:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
+    return found
+
+
 def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; a link in its place is replaced, not followed."""
     draft = path.with_name(f".{path.name}.tmp")
+    draft.unlink(missing_ok=True)  # of a run that was killed here; a link would lead elsewhere
     try:
-        with draft.open("w", encoding="utf-8", errors=_ODD, newline="") as file:
+        with draft.open("x", encoding="utf-8", errors=_ODD, newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

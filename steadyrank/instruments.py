@@ -11,11 +11,14 @@ from torch.optim import Optimizer
 
 from .data.logs import Reader
 from .data.rows import find_rows
+from .errors import CheckpointError
 from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
+from .monitors.going_back import go_back
 from .monitors.tables import Field
 from .monitors.unusual import Reference
 from .monitors.watch import Watch, WatchConfig
+from .recovery import Trouble
 from .runs import RunFolder
 from .schema import Batch, Schema
 
@@ -63,6 +66,8 @@ class Instruments:
         self._snapshots: list[tuple[int, dict[str, Tensor]]] = []
         self._recent: list[tuple[int, Batch]] = []
         self._explained: list[int] = []
+        self._troubles: list[Trouble] = []
+        self._judged = 0
         self._looked_ahead = 0
 
     def expect(self, last_of_window: bool) -> None:
@@ -92,6 +97,11 @@ class Instruments:
         """Bring the readings to the host; judge, warn, and explain what calls for it. Returns the largest signals."""
         alerts, changes = len(self.watch.alerts), len(self.watch.changes)
         row = self.watch.flush()
+        self._troubles += [
+            Trouble("alarm", self.watch.step, a.step, a.task, a.reason)
+            for a in self.watch.alerts[alerts:]
+            if a.level == "alarm"
+        ]
         alarms = [(a.step, a.reason) for a in self.watch.alerts[alerts:] if a.level == "alarm"]
         began = [(c.since, f"{c.task}: {c.reason}") for c in self.watch.changes[changes:] if c.verdict == "suspected"]
         if alarms or began:
@@ -99,9 +109,27 @@ class Instruments:
         self._recent.clear()
         return row
 
+    def take_troubles(self) -> list[Trouble]:
+        """Return the alarms, and the divergences that a task is suspected of, since the last call."""
+        troubles, self._troubles = self._troubles, []
+        changes, self._judged = self.watch.changes[self._judged :], len(self.watch.changes)
+        return troubles + [
+            Trouble("verdict", change.step, change.since, change.task, change.reason)
+            for change in changes
+            if change.verdict == "suspected"
+        ]
+
+    def go_back(self, then: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state to go on with where training goes back to an earlier moment: `state_dict` of then."""
+        return {**then, "watch": go_back(then["watch"], self.watch.state_dict()), "explained": list(self._explained)}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to see the same; copies of earlier weights are not kept."""
+        """Return what a resumed run needs to see the same."""
         return {
+            "judged": self._judged,
+            # The first batch of the next window is still to be met with this step's update.
+            "kept_update": self.watch.kept_update() if self.reader.left == 0 else [],
+            "snapshots": [[step, state] for step, state in self._snapshots],
             "watch": self.watch.state_dict(),
             "reference": self.reference.state_dict(),
             "explained": list(self._explained),
@@ -113,6 +141,11 @@ class Instruments:
         self.watch.load_state_dict(state["watch"])
         self.reference.load_state_dict(state["reference"])
         self._explained, self._looked_ahead = list(state["explained"]), state["looked_ahead"]
+        self._snapshots = [(step, dict(weights)) for step, weights in state["snapshots"]]
+        self._judged = state["judged"]
+        self.watch.keep_again(state["kept_update"])
+        self._recent.clear()
+        self._troubles.clear()
 
     def _table_names(self) -> list[str]:
         names = getattr(self.model, "table_names", list)
@@ -137,7 +170,11 @@ class Instruments:
         step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
         with self.watch.paused():
             cause = self.find_cause(step, batch, why, self._earlier(step), since)
-        path = self.folder.write_cause(step, cause.as_dict())
+        try:
+            path = self.folder.write_cause(step, cause.as_dict())
+        except CheckpointError as error:  # a full disk: the run matters more
+            self.folder.event(step, "cause", f"{cause.sentence}; its report was not written: {error}")
+            return
         self.folder.event(
             step,
             "cause",

@@ -22,7 +22,7 @@ class MultitaskLoss(NamedTuple):
     """The loss of a batch."""
 
     total: Tensor
-    """What is trained: sum_k loss_weight_k * parts[k]."""
+    """What is trained: sum_k scales[k] * loss_weight_k * parts[k]."""
     parts: Tensor
     """The loss of each task [K], without its loss weight; 0 where no row is labelled."""
 
@@ -43,10 +43,11 @@ def multitask_loss(
     labels_BK: Float[Tensor, "batch tasks"],
     weights_BK: Float[Tensor, "batch tasks"],
     tasks: Sequence[Task],
+    scales_K: Float[Tensor, " tasks"] | None = None,
 ) -> MultitaskLoss:
     """Return the total loss and each task's part.
 
-    part_k = sum_b w_bk l_k(logit_bk, label_bk) / sum_b w_bk, total = sum_k loss_weight_k part_k.
+    part_k = sum_b w_bk l_k(logit_bk, label_bk) / sum_b w_bk, total = sum_k scale_k loss_weight_k part_k.
 
     A row of weight 0 is masked: whatever its logit and label are, even NaN, it changes neither the loss nor any
     gradient. A logit that is not finite in a row that counts makes the loss so too, for the guard to see. A task
@@ -57,6 +58,7 @@ def multitask_loss(
         labels_BK: What it should say.
         weights_BK: 0 or more; 0 masks the row for that task.
         tasks: The tasks, in the order of the columns (`tuple(schema.tasks.values())`).
+        scales_K: By how much each task is damped for now; 1 for all when left out.
 
     Raises:
         ConfigError: There are not as many tasks as columns.
@@ -80,7 +82,7 @@ def multitask_loss(
         losses = weights * _elementwise(kind, logits_BK[:, columns], labels_BK[:, columns], delta)
         sums = weights.sum(0)
         part = losses.sum(0) / torch.where(sums == 0, 1.0, sums)
-        total = total + loss_weight * part.sum()
+        total = total + loss_weight * (part if scales_K is None else part * scales_K[columns]).sum()
         parts.append(part)
     return MultitaskLoss(total, torch.cat(parts))
 

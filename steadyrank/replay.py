@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from .errors import CheckpointError, DataError
 from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
 from .monitors.unusual import Reference
+from .parts import Parts
+from .rescue import Rescue
 from .runs import RunFolder
 from .schema import Batch
-from .sequential import Parts
 from .train import Readings, Step, fit
 
 EARLIER = 100
@@ -80,11 +82,11 @@ def replay(run: str | Path, step: int, on_progress: Callable[[int, int], None] |
     folder = RunFolder.open(run)
     config = RunConfig.from_toml(folder.config_text(), where=str(folder.path))
     recorded = folder.readings("steps")
-    last = max([0, *recorded["step"].tolist(), *folder.checkpoints()])
+    last = max([0, *recorded["step"].tolist(), *folder.checkpoints.steps()])
     if not 1 <= step <= last:
         known = f"a step from 1 to {last}" if last else "a run that has made a step"
         raise CheckpointError(f"{folder.path}: expected {known}, got step {step}")
-    parts = config.build()
+    parts = config.build(resume=True)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     walk = _Walk(parts, step)
@@ -114,6 +116,8 @@ class _Walk:
         self.parts, self.step = parts, step
         self.reference = Reference()
         self._cursor = Cursor()
+        self._rescue = Rescue(parts.recovery, parts.optimizers, list(parts.schema.tasks), parts.device)
+        self._damped: dict[int, str] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         self._batch: Batch | None = None
         optimizers = list(parts.optimizers.values())
@@ -129,37 +133,61 @@ class _Walk:
 
     def start(self, folder: RunFolder) -> int:
         """Take up a checkpoint, and return its step."""
-        parts, steps = self.parts, [0, *(each for each in folder.checkpoints() if each < self.step)]
+        parts, kept = self.parts, folder.checkpoints.steps()
+        events = [event for event in folder.events() if event["step"] < self.step]
+        returned = max((event["step"] for event in events if event["kind"] == "returned"), default=0)
+        steps = [each for each in (0, *kept) if returned <= each < self.step]
+        if not steps:
+            raise CheckpointError(
+                f"{folder.path}: at step {returned} the run went back to an earlier state, and no checkpoint is kept "
+                f"between there and step {self.step} to replay from; keep more (train.keep_checkpoints)"
+            )
         parts.model.to(parts.device)
         for optimizer in parts.optimizers.values():  # state that was made with the weights moves with them
             optimizer.load_state_dict(optimizer.state_dict())
-        start = max(each for each in steps if each <= max(0, self.step - 1 - EARLIER))
+        start = max((each for each in steps if each <= max(0, self.step - 1 - EARLIER)), default=steps[0])
         if self.step - start > LONGEST:
             start = steps[-1]
-        if start:
-            state = folder.load_checkpoint(start)
-            try:
+        self._damped = {event["step"]: event["task"] for event in events if event["kind"] == "damped"}
+        if kept:  # with none, the log is taken as it lies
+            self._load(folder, start, folder.checkpoints.load(start or kept[-1]))
+        self._keep_state(start)
+        return start
+
+    def _load(self, folder: RunFolder, start: int, state: dict[str, Any]) -> None:
+        """Take up a checkpoint; of a later one than the start only the order of the log's files."""
+        parts = self.parts
+        try:
+            if start:
                 parts.model.load_state_dict(state["model"])
                 for name, optimizer in parts.optimizers.items():
                     optimizer.load_state_dict(state["optimizers"][name])
+                torch.set_rng_state(state["generators"]["torch"])
                 self._cursor = Cursor(**state["cursor"])
-                if "reference" in state.get("instruments", {}):
+                self._rescue.load_state_dict(state["rescue"])
+                if "reference" in state["instruments"]:
                     self.reference.load_state_dict(state["instruments"]["reference"])
-            except (KeyError, RuntimeError, ValueError, TypeError) as error:
-                raise CheckpointError(
-                    f"{folder.path}: checkpoint {start} belongs to another model or version ({error})"
-                ) from error
-        self._keep_state(start)
-        return start
+            parts.reader.load_state_dict(state["reader"], self._cursor.next_row)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder.path}: checkpoint {state.get('step')} belongs to another model or version ({error})"
+            ) from error
 
     def go(self, start: int, stop: int, ends: set[int]) -> Iterator[tuple[int, dict[str, float]]]:
         """Make the steps up to `stop`, yielding each with the run's readings where it has some (`ends`), else none."""
         parts = self.parts
         optimizers = list(parts.optimizers.values())
         readings = Readings(list(parts.schema.tasks), parts.model.named_parameters(), optimizers)
-        batches = itertools.islice((batch for batch, _ in parts.reader.batches(self._cursor)), stop - start)
+        read = parts.reader.batches(self._cursor)
+        batches = (batch for batch, cursor in read if cursor.window >= self._rescue.skip_until)
         steps = fit(
-            parts.model, parts.optimizers, self._noting(batches, start), parts.schema.tasks, device=parts.device
+            parts.model,
+            parts.optimizers,
+            self._noting(itertools.islice(batches, stop - start), start),
+            parts.schema.tasks,
+            device=parts.device,
+            quarantine_rows=parts.config.quarantine_rows,
+            scales_K=self._rescue.scales_K,
         )
         now = start
         for now, (batch, outcome) in enumerate(steps, start=start + 1):
@@ -208,6 +236,9 @@ class _Walk:
     def _noting(self, batches: Iterator[Batch], start: int) -> Iterator[Batch]:
         """Keep the weights from before each step for the length of it; no copy of tables, which may be large."""
         for now, batch in enumerate(batches, start=start + 1):
+            if now - 1 > start and now - 1 in self._damped:
+                self._rescue.damper.begin(now - 1, self._damped[now - 1])
+            self._rescue.damper.apply(now)
             if self._on_trail(now):
                 named = zip(self._names, self._parameters, strict=True)
                 self._before = [None if name in self._tables else p.detach().clone() for name, p in named]

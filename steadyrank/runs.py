@@ -5,52 +5,52 @@ environment.json    format, versions, machine, start
 readings/T.jsonl    one line for each row of table T, append-only, after a line with the names of its values
 events.jsonl        what the guard and the recovery did, and why
 summary.json        how it ended
-checkpoints/step_N/ state.pt and manifest.json
+checkpoints/step_N/ see checkpoints.py
 causes/step_N.json  what stood behind a warning or verdict at that step
-report.html, tensorboard/
+report.html, tensorboard/, .lock
+
+Readings and events are journals (journal.py): where their size is bounded they go on in T.1.jsonl, T.2.jsonl, ...
 """
 
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
-import re
 import shutil
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Shaped
-from torch import Tensor
 
+from .checkpoints import Checkpoints
 from .errors import CheckpointError, ConfigError
-from .files import append_lines, decode, read_lines, read_object, read_text, replace, swap, sync, to_json, writing
+from .files import decode, read_lines, read_object, read_text, replace, to_json, writing
+from .journal import Journal, Mark
 
-FORMAT = 2
-"""Version of the folder's layout. 1 spelt the names out in each row of readings and is still read."""
-_READABLE = (1, FORMAT)
+FORMAT = 3
+"""Version of the folder's layout. 1 spelt the names out in each row of readings, 2 had other checkpoints; readings and
+events of both are still read."""
+_READABLE = (1, 2, FORMAT)
 _ENVIRONMENT = "environment.json"
 _CONFIG = "config.toml"
-_EVENTS = "events.jsonl"
+_EVENTS = "events"
 _SUMMARY = "summary.json"
 _READINGS = "readings"
 _CHECKPOINTS = "checkpoints"
 _CAUSES = "causes"
-_MANIFEST = "manifest.json"
 _TENSORBOARD = "tensorboard"
 _REPORT = "report.html"
+_LOCK = ".lock"
 # The environment comes last: a folder stays a run folder, which overwrite may delete, until all else is gone.
-_OWN = (_CONFIG, _READINGS, _EVENTS, _SUMMARY, _CHECKPOINTS, _CAUSES, _REPORT, _TENSORBOARD, _ENVIRONMENT)
-
-_PLAIN = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
+_OWN = (_CONFIG, _READINGS, _SUMMARY, _CHECKPOINTS, _CAUSES, _REPORT, _TENSORBOARD, _ENVIRONMENT)
 
 
 class RunFolder:
@@ -67,6 +67,10 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         """Point at a folder without touching it; callers use `create` or `open`."""
         self.path = Path(path)
+        self.checkpoints = Checkpoints(self.path / _CHECKPOINTS)
+        """All that a resume needs, at some steps."""
+        self._events = Journal(self.path, _EVENTS)
+        self._tables: dict[str, Journal] = {}
         self._buffers: dict[str, list[str]] = {}
         self._names: dict[str, list[str]] = {}
 
@@ -143,13 +147,34 @@ class RunFolder:
         lines.append(json.dumps(row) if all(map(math.isfinite, numbers)) else to_json(row, indent=None))
 
     def flush(self) -> None:
-        """Write the buffered rows, each table in one write, and hand them to the operating system."""
+        """Write the buffered rows and events, each table in one write, and hand them to the operating system."""
         for table, lines in self._buffers.items():
             if lines:
-                append_lines(self._table(table), lines)
+                (self._events if table == _EVENTS else self._table(table)).append(lines)
                 lines.clear()
 
     close = flush
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from writing here; a process that is killed lets go of it.
+
+        Raises:
+            ConfigError: Another process does.
+        """
+        lock = FileLock(self.path / _LOCK)
+        with writing(self.path / _LOCK), suppress(NotImplementedError):  # a file system without locks
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise ConfigError(
+                    f"another process is training in {self.path}; wait until it has ended, stop it, or choose another "
+                    "--out"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def readings(self, table: str) -> dict[str, Shaped[np.ndarray, " rows"]]:
         """Return a table's columns: "step" (int64), "time" (when written, seconds since 1970) and each name.
@@ -157,7 +182,7 @@ class RunFolder:
         NaN stands where a row lacks a name. A table that was never written has no rows; a torn last line is left out.
         """
         self.flush()
-        rows = _read_rows(self._table(table))
+        rows = _name_values(self._table(table).rows())
         kinds = (("step", np.int64), ("time", np.float64))
         columns: dict[str, np.ndarray] = {key: np.array([row[key] for row in rows], dtype=kind) for key, kind in kinds}
         for i, row in enumerate(rows):
@@ -167,8 +192,42 @@ class RunFolder:
                 columns[name][i] = float(value)
         return columns
 
+    def mark(self) -> dict[str, Mark]:
+        """Bring everything to the disk itself, and return how far readings and events go, for `rewind`."""
+        self.flush()
+        return {_EVENTS: self._events.mark()} | {
+            f"{_READINGS}/{t}": self._table(t).mark() for t in self._known_tables()
+        }
+
+    def rewind(self, marks: Mapping[str, Mark]) -> None:
+        """Cut readings and events back to where they stood: nothing is there twice when the steps after are made again.
+
+        Events that tell of the process and not of the training (`process=True`) stay.
+        """
+        self._buffers.clear()
+        self._names.clear()
+        kept = [row for row in self._events.tail(marks.get(_EVENTS, [])) if row.get("process")]
+        self._events.rewind(marks.get(_EVENTS, []))
+        for table in self._known_tables():
+            self._table(table).rewind(marks.get(f"{_READINGS}/{table}", []))
+        if kept:
+            self._events.append([to_json(row, indent=None) for row in kept])
+
+    def turn_over(self, most_bytes: int | float) -> None:
+        """Begin new files for readings and events of which half of `most_bytes` is full, right before a checkpoint."""
+        self.flush()
+        for name in self._known_tables():
+            if self._table(name).turn_over(most_bytes):
+                self._names.pop(name, None)
+        self._events.turn_over(most_bytes)
+
+    def drop_old(self) -> None:
+        """Delete what `turn_over` has left behind, right after a checkpoint."""
+        for journal in (self._events, *map(self._table, self._known_tables())):
+            journal.drop_old()
+
     def truncate_readings(self, step: int) -> None:
-        """Drop the rows after `step` from every table, as a run does that resumes there. Events stay."""
+        """Drop the rows after `step` from every table, as a user's own loop does that resumes there. Events stay."""
         self.flush()
         for path in sorted((self.path / _READINGS).glob("*.jsonl")):
             kept = [to_json(row, indent=None) + "\n" for row in read_lines(path) if row.get("step", 0) <= step]
@@ -176,13 +235,14 @@ class RunFolder:
                 replace(path, "".join(kept))
 
     def event(self, step: int, kind: str, message: str, **detail: Any) -> None:
-        """Record at once what happened at `step`: its kind (one word), a sentence, and details by name."""
+        """Record what happened at `step`: its kind (one word), a sentence, and details by name; `flush` writes it."""
         row = {**detail, "step": int(step), "time": time.time(), "kind": kind, "message": message}
-        append_lines(self.path / _EVENTS, [to_json(row, indent=None)])
+        self._buffers.setdefault(_EVENTS, []).append(to_json(row, indent=None))
 
     def events(self) -> list[dict[str, Any]]:
         """Return the events, first to last: step, time, kind, message and details (those not finite as words)."""
-        return read_lines(self.path / _EVENTS)
+        self.flush()
+        return self._events.rows()
 
     def write_cause(self, step: int, cause: Mapping[str, Any]) -> Path:
         """Write causes/step_N.json: what stood behind a warning or verdict at `step`."""
@@ -207,71 +267,6 @@ class RunFolder:
         path = self.path / _SUMMARY
         return decode(read_object(path)) if path.exists() else None
 
-    def save_checkpoint(self, step: int, state: dict[str, Any]) -> Path:
-        """Save all that a resume needs as checkpoints/step_N, whole or not at all, and return that folder.
-
-        Args:
-            step: Steps done; a checkpoint of the same step is replaced.
-            state: Tensors, numbers, strings, None, and dicts, lists and tuples of these, so that loading runs no code.
-
-        Raises:
-            CheckpointError: `state` holds something else, or the disk is full or not writable.
-        """
-        _check_plain(state, "state")
-        final = self._checkpoint(step)
-        draft = final.with_name(f".step_{step}.tmp")
-        try:
-            with writing(final):
-                shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
-                draft.mkdir(parents=True)
-                _save_state(draft, step, state)
-                swap(draft, final)
-        except RuntimeError as error:  # torch's own writer, when the disk is full
-            raise CheckpointError(f"cannot write {final}: {error}; check space and permissions") from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return final
-
-    def load_checkpoint(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state saved at `step`, the newest when None, on CPU.
-
-        Raises:
-            CheckpointError: There is none, its bytes are not those that were saved, or it holds more than plain data.
-        """
-        steps = self.checkpoints()
-        if step not in steps and (step is not None or not steps):
-            raise CheckpointError(f"{self.path}: no checkpoint {'' if step is None else step} (there are: {steps})")
-        folder = self._checkpoint(steps[-1] if step is None else step)
-        manifest, path = read_object(folder / _MANIFEST), folder / "state.pt"
-        _check_format(folder / _MANIFEST, manifest)
-        others = f"start from another checkpoint (there are: {steps})"
-        try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != manifest.get("sha256"):
-                raise CheckpointError(
-                    f"{path} is damaged: sha256 {manifest.get('sha256')} was saved, but the file has {found}; {others}"
-                )
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{path} holds more than plain data and was not loaded: {error}; {others}") from error
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; {others}") from error
-        return state
-
-    def checkpoints(self) -> list[int]:
-        """Return the steps that have a checkpoint, in rising order."""
-        names = [p.parent.name for p in (self.path / _CHECKPOINTS).glob(f"step_*/{_MANIFEST}")]
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
-
-    def prune_checkpoints(self, keep: int) -> None:
-        """Delete all checkpoints but the newest `keep` (0 or more)."""
-        steps = self.checkpoints()
-        for step in steps[: max(len(steps) - keep, 0)]:
-            folder = self._checkpoint(step)
-            with writing(folder):  # first out of sight, so that half a checkpoint is never seen
-                shutil.rmtree(folder.rename(folder.with_name(f".step_{step}.old")))
-
     def tensorboard_path(self) -> Path:
         """Return where TensorBoard event files belong."""
         return self.path / _TENSORBOARD
@@ -286,11 +281,11 @@ class RunFolder:
             replace(self.report_path(), page)
         return self.report_path()
 
-    def _table(self, table: str) -> Path:
-        return self.path / _READINGS / f"{table}.jsonl"
+    def _table(self, table: str) -> Journal:
+        return self._tables.setdefault(table, Journal(self.path / _READINGS, table))
 
-    def _checkpoint(self, step: int) -> Path:
-        return self.path / _CHECKPOINTS / f"step_{step}"
+    def _known_tables(self) -> list[str]:
+        return sorted({path.name.partition(".")[0] for path in (self.path / _READINGS).glob("*.jsonl")})
 
     def _clear(self, overwrite: bool) -> None:
         """Delete what an earlier run left in the folder, or refuse to."""
@@ -305,11 +300,16 @@ class RunFolder:
                 f"{self.path} is not empty and was not written by a run (no {_ENVIRONMENT} of ours), so --overwrite "
                 "leaves it alone; give another --out"
             )
-        for path in (self.path / name for name in _OWN):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        with self.locked():
+            for path in (*map(self._events.path, self._events.parts()), *(self.path / name for name in _OWN)):
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def next_folder(name: str, parent: str | Path = "runs") -> Path:
@@ -321,23 +321,10 @@ def next_folder(name: str, parent: str | Path = "runs") -> Path:
     return next(path for n in itertools.count(1) if not (path := Path(parent) / f"{name}-{n}").exists())
 
 
-def _save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
-    with (folder / "state.pt").open("w+b") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.seek(0, os.SEEK_END)
-    facts = {"format": FORMAT, "steadyrank": _version("steadyrank"), "step": step, "sha256": digest, "bytes": size}
-    replace(folder / _MANIFEST, to_json(facts))
-    sync(folder)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _name_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a table of readings, each with its values by name."""
     rows, names = [], []
-    for row in read_lines(path):
+    for row in lines:
         if "names" in row:
             names = row["names"]
         else:
@@ -351,24 +338,6 @@ def _check_format(path: Path, facts: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: format {FORMAT} was expected, but it says format {facts.get('format')} (written by steadyrank "
             f"{facts.get('steadyrank')}, this is {_version('steadyrank')}); use the version that wrote it, or upgrade"
-        )
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse on saving what `torch.load(weights_only=True)` would refuse when it is too late."""
-    if isinstance(value, Tensor) or type(value) in _PLAIN:
-        return
-    if type(value) in (dict, OrderedDict):
-        for key, entry in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(entry, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, entry in enumerate(value):
-            _check_plain(entry, f"{where}[{i}]")
-    else:
-        raise CheckpointError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; "
-            "turn it into tensors, numbers, strings, None, or dicts, lists and tuples of these"
         )
 
 

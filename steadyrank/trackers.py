@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pydantic import Field
 
 from .errors import ConfigError
+from .files import refuse_link
 from .runs import RunFolder
 from .settings import Settings
 
@@ -322,7 +323,10 @@ def open_trackers(
 
     Raises:
         ConfigError: A package is missing, or a tracker cannot be started; those that were are closed again.
+        CheckpointError: A link stands where a tracker would write.
     """
+    for path in (folder.tensorboard_path(), folder.path / "wandb"):
+        refuse_link(path)
     opened: list[Tracker] = []
     try:
         if config.tensorboard:

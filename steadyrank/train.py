@@ -3,33 +3,24 @@
 Shapes: B rows, K tasks, P parameters.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .guard import Before, Verdict, forget_step, judge, may_ask, quarantine, step_where_ok
+from .guard import guard as guard
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
 from .monitors.watch import Watch
 from .schema import Batch, Task
 
-
-class Verdict(NamedTuple):
-    """What the guard found, on the device."""
-
-    ok: Bool[Tensor, ""]
-    """True when every loss and every gradient is finite."""
-    bad_tasks: Bool[Tensor, " tasks"]
-    """Tasks whose loss is not finite."""
-    bad_parameters: Bool[Tensor, " parameters"]
-    """Parameters whose gradient is not finite, in the order of those that have one."""
-    largest: Float[Tensor, " parameters"]
-    """The largest coordinate of each gradient, in the same order; infinite where it is not finite."""
+NAMED = 5
+"""Steps and tables of which rows in quarantine are named at a fetch."""
 
 
 class Step(NamedTuple):
@@ -42,6 +33,8 @@ class Step(NamedTuple):
     total: Float[Tensor, ""]
     """Weighted sum of the losses."""
     verdict: Verdict
+    asked: bool = True
+    """Whether the host asked for the verdict; if not, a bad step was made and selected away."""
 
 
 def train_step(
@@ -50,8 +43,13 @@ def train_step(
     batch: Batch,
     tasks: Sequence[Task],
     watch: Watch | None = None,
+    *,
+    quarantine_rows: bool = False,
+    scales_K: Float[Tensor, " tasks"] | None = None,
 ) -> Step:
-    """Score a batch as serving would, then learn it, unless a loss or gradient is not finite.
+    """Score a batch as serving would, then learn it, unless a loss or gradient is not finite (`guard.judge`).
+
+    A bad step leaves weights, the optimizers' states and the model's statistics (its buffers) as they were.
 
     Args:
         model: Maps a Batch to logits [B, K]. With a `forward_both(batch)` that returns (serving, training) logits, one
@@ -60,9 +58,13 @@ def train_step(
         batch: On the model's device.
         tasks: In the order of the logits' columns.
         watch: Instruments, of this model and these optimizers.
+        quarantine_rows: Leave a row of a sparse gradient that is not finite out alone, and learn the rest of the step.
+        scales_K: By how much each task is damped for now, on the device; it may change between steps.
     """
+    before = Before()
+    before.keep_statistics(model)
     scores_BK, logits_BK = _forward(model, batch)
-    total, parts_K = multitask_loss(logits_BK, batch.labels, batch.weights, tasks)
+    total, parts_K = multitask_loss(logits_BK, batch.labels, batch.weights, tasks, scales_K)
     optimizers = list(optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -70,36 +72,13 @@ def train_step(
         watch.losses(parts_K, logits=logits_BK)
     total.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    verdict = guard(parameters, parts_K.detach())
+    ask = may_ask(parts_K.device)
+    bad_rows = quarantine(parameters, ask) if quarantine_rows else None
+    verdict = judge(parameters, parts_K.detach(), bad_rows, before.statistics())
     if watch is not None:
         watch.gradients(verdict.largest)
-    # On a CPU asking is free, and no step at all leaves any optimizer as it was. On a GPU asking would be a host sync:
-    # the guard has put zeros in place of the gradients, which the Adagrad family answers by staying where it is.
-    if verdict.ok.device.type != "cpu" or bool(verdict.ok):
-        for optimizer in optimizers:
-            optimizer.step()
-    return Step(scores_BK.detach(), parts_K.detach(), total.detach(), verdict)
-
-
-def guard(parameters: Iterable[nn.Parameter], losses_K: Float[Tensor, " tasks"]) -> Verdict:
-    """Form one verdict on losses and gradients; where it is bad, put zeros in place of every gradient.
-
-    Gradients are selected, never multiplied: 0 * inf is NaN. There is no host sync.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    values = [g._values() if g.is_sparse else g for g in gradients]
-    bad_tasks_K = ~torch.isfinite(losses_K)
-    filled = [value for value in values if value.numel()]
-    # The largest coordinate, not the L2 norm: finite gradients must not overflow to a bad verdict.
-    largest = iter(torch._foreach_norm(filled, ord=float("inf")) if filled else ())
-    norms = [next(largest).to(losses_K) if value.numel() else losses_K.new_zeros(()) for value in values]
-    norms_P = torch.stack(norms) if norms else losses_K.new_zeros(0)
-    bad_parameters_P = ~torch.isfinite(norms_P)
-    ok = ~(bad_tasks_K.any() | bad_parameters_P.any())
-    if ok.device.type != "cpu" or not bool(ok):
-        for value in values:
-            value.copy_(torch.where(ok, value, torch.zeros((), dtype=value.dtype, device=value.device)))
-    return Verdict(ok, bad_tasks_K, bad_parameters_P, norms_P.nan_to_num(nan=math.inf, posinf=math.inf))
+    asked = step_where_ok(optimizers, verdict, before, bad_rows, ask)
+    return Step(scores_BK.detach(), parts_K.detach(), total.detach(), verdict, asked)
 
 
 def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -118,17 +97,45 @@ def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class BadStep:
-    """The first step whose loss or gradient was not finite: what it was, for people."""
+    """The first step whose loss or gradient was not finite, or whose gradient too large: what it was, for people."""
 
     step: int
     tasks: tuple[str, ...]
     parameters: tuple[str, ...]
+    """Parameters whose gradient was not finite."""
+    too_large: tuple[str, ...] = ()
+    """Parameters whose gradient was finite, but above `guard.gradient_limit`."""
+    statistics: bool = False
+    """A running statistic of the model was not finite."""
 
     def __str__(self) -> str:
         losses = f"loss of {', '.join(self.tasks)}" if self.tasks else ""
-        shown = ", ".join(self.parameters[:3]) + (", ..." if len(self.parameters) > 3 else "")
-        gradients = f"gradient of {shown}" if self.parameters else ""
-        return f"step {self.step}: not finite: {' and '.join(p for p in (losses, gradients) if p)}"
+        statistics = "running statistics of the model" if self.statistics else ""
+        not_finite = " and ".join(part for part in (losses, _gradients_of(self.parameters), statistics) if part)
+        found = [f"not finite: {not_finite}"] if not_finite else []
+        if self.too_large:
+            found.append(f"too large to be squared: {_gradients_of(self.too_large)}")
+        return f"step {self.step}: {'; '.join(found)}"
+
+
+def _gradients_of(names: Sequence[str]) -> str:
+    return f"gradient of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+
+
+@dataclass(frozen=True)
+class QuarantinedRows:
+    """Rows of one table whose gradient was not finite in one step, and that were left out of it."""
+
+    step: int
+    parameter: str
+    count: int
+    rows: tuple[int, ...]
+    """The first of them."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.rows)) + (", ..." if self.count > len(self.rows) else "")
+        rows = "row" if self.count == 1 else f"{self.count} rows"
+        return f"step {self.step}: gradient not finite: {rows} of {self.parameter} left out ({shown})"
 
 
 class Readings:
@@ -149,63 +156,122 @@ class Readings:
         named = list(named_parameters)
         names = {id(parameter): name for name, parameter in named}
         self._tasks = list(tasks)
+        self._optimizers = list(optimizers)
         self._parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "an unnamed parameter") for p in self._parameters]
         self._clip = ClipFactors(named, optimizers)
         self._reset()
         self.bad_steps = 0
         """Bad steps of the run so far."""
+        self.in_a_row = 0
+        """Bad steps in a row, up to the newest that was fetched."""
+        self.bad_since = 0
+        """Bad steps between the last two fetches."""
         self.first_bad: BadStep | None = None
-        """The first bad step since the last fetch."""
+        """The first of them."""
+        self.quarantined_rows = 0
+        """Rows left out of steps so far; a row counts in each step."""
+        self.quarantined: list[QuarantinedRows] = []
+        """The first few of them between the last two fetches."""
 
     def _reset(self) -> None:
         self._losses: Tensor | None = None
-        self._steps = 0
-        self._bad: Tensor | None = None
-        self._verdicts: list[tuple[int, Verdict, list[int]]] = []
+        self._marks: list[Tensor] = []  # of each step: whether it was bad, and how many rows were left out
+        self._verdicts: list[tuple[int, Verdict, list[int], bool]] = []
 
     def add(self, step: int, outcome: Step) -> None:
         """Note one step. No host sync."""
         losses = torch.cat([outcome.total[None], outcome.losses])
-        ok = outcome.verdict.ok
-        good = torch.where(ok, losses, torch.zeros_like(losses))
+        verdict = outcome.verdict
+        good = torch.where(verdict.ok, losses, torch.zeros_like(losses))
         self._losses = good if self._losses is None else self._losses + good
-        bad = (~ok).float()[None]
-        self._bad = bad if self._bad is None else torch.cat([self._bad, bad])
+        self._marks.append((~verdict.ok).to(losses))
+        if verdict.quarantined is not None:
+            self._marks.append(verdict.quarantined[:, 1].sum().to(losses))
         with_gradient = [i for i, p in enumerate(self._parameters) if p.grad is not None]
-        self._verdicts.append((step, outcome.verdict, with_gradient))
-        self._steps += 1
+        self._verdicts.append((step, verdict, with_gradient, outcome.asked))
 
     def fetch(self) -> dict[str, float]:
-        """Return the means since the last fetch: `loss/*`, `clip_factor/*`, `bad_steps/total`; one copy to the host."""
-        if self._losses is None or self._bad is None:
+        """Return the means since the last fetch: `loss/*`, `clip_factor/*`, `bad_steps/total`; one copy to the host.
+
+        With quarantine also `quarantined_rows/total`.
+        """
+        if self._losses is None:
             return {}
         factors = self._clip.read()
         packed = torch.cat(
-            [self._losses, self._bad, *(f.detach().to(self._losses).reshape(1) for f in factors.values())]
+            [
+                self._losses,
+                torch.stack(self._marks),
+                *(f.detach().to(self._losses).reshape(1) for f in factors.values()),
+            ]
         )
-        values = packed.tolist()
-        losses, bad, clip = self._cut(values)
-        good = self._steps - sum(bad)
-        self.bad_steps += int(sum(bad))
-        self.first_bad = self._name(bad.index(1.0)) if any(bad) else None
+        values = iter(packed.tolist())
+        losses = [next(values) for _ in range(1 + len(self._tasks))]
+        bad, rows = [], []
+        for _, verdict, _, _ in self._verdicts:
+            bad.append(bool(next(values)))
+            rows.append(0 if verdict.quarantined is None else int(next(values)))
+        self._count(bad, rows)
+        good = len(bad) - sum(bad)
         named = zip(["total", *self._tasks], losses, strict=True)
         row = {f"loss/{name}": value / good if good else float("nan") for name, value in named}
-        row |= {f"clip_factor/{name}": value for name, value in zip(factors, clip, strict=True)}
+        row |= {f"clip_factor/{name}": value for name, value in zip(factors, values, strict=True)}
         row["bad_steps/total"] = float(self.bad_steps)
+        if self._verdicts[-1][1].quarantined is not None:
+            row["quarantined_rows/total"] = float(self.quarantined_rows)
         self._reset()
         return row
 
-    def _cut(self, values: list[float]) -> tuple[list[float], list[float], list[float]]:
-        first = len(self._tasks) + 1
-        return values[:first], values[first : first + self._steps], values[first + self._steps :]
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts, as plain values; fetch first, since steps that are not fetched are not in it."""
+        return {
+            "bad_steps": self.bad_steps,
+            "in_a_row": self.in_a_row,
+            "quarantined_rows": self.quarantined_rows,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take up saved counts."""
+        self.bad_steps, self.in_a_row = state["bad_steps"], state["in_a_row"]
+        self.quarantined_rows = state["quarantined_rows"]
+        self.bad_since, self.first_bad, self.quarantined = 0, None, []
+        self._reset()
+
+    def _count(self, bad: Sequence[bool], rows: Sequence[int]) -> None:
+        """Take in what the host has just learned of the steps since the last fetch."""
+        self.bad_since = sum(bad)
+        self.bad_steps += self.bad_since
+        self.in_a_row = next(
+            (i for i, was_bad in enumerate(reversed(bad)) if was_bad is False), self.in_a_row + len(bad)
+        )
+        self.first_bad = self._name(bad.index(True)) if self.bad_since else None
+        self.quarantined_rows += sum(rows)
+        with_rows = [index for index, count in enumerate(rows) if count][:NAMED]
+        self.quarantined = [found for index in with_rows for found in self._name_rows(index)][:NAMED]
+        for was_bad, (_, _, with_gradient, asked) in zip(bad, self._verdicts, strict=True):
+            if was_bad and not asked:
+                forget_step(self._optimizers, [self._parameters[i] for i in with_gradient])
 
     def _name(self, index: int) -> BadStep:
         """Name the task and parameters of a bad step; only a bad step costs this copy."""
-        step, verdict, with_gradient = self._verdicts[index]
+        step, verdict, with_gradient, _ = self._verdicts[index]
         tasks = tuple(name for name, bad in zip(self._tasks, verdict.bad_tasks.tolist(), strict=True) if bad)
-        flags = zip(with_gradient, verdict.bad_parameters.tolist(), strict=True)
-        return BadStep(step, tasks, tuple(self._names[i] for i, bad in flags if bad))
+        flags = zip(with_gradient, verdict.bad_parameters.tolist(), verdict.largest.isfinite().tolist(), strict=True)
+        found = [(self._names[i], finite) for i, bad, finite in flags if bad]
+        not_finite, too_large = ([name for name, is_finite in found if is_finite is kind] for kind in (False, True))
+        statistics = verdict.bad_statistics is not None and bool(verdict.bad_statistics)
+        return BadStep(step, tasks, tuple(not_finite), tuple(too_large), statistics)
+
+    def _name_rows(self, index: int) -> list[QuarantinedRows]:
+        """Name the rows that were left out of a step; only such a step costs this copy."""
+        step, verdict, with_gradient, _ = self._verdicts[index]
+        lines = [] if verdict.quarantined is None else verdict.quarantined.tolist()
+        return [
+            QuarantinedRows(step, self._names[with_gradient[place]], count, tuple(row for row in rows if row >= 0))
+            for place, count, *rows in lines
+            if count
+        ]
 
 
 def fit(
@@ -215,6 +281,9 @@ def fit(
     tasks: Mapping[str, Task],
     device: torch.device | str = "cpu",
     watch: Watch | None = None,
+    *,
+    quarantine_rows: bool = False,
+    scales_K: Float[Tensor, " tasks"] | None = None,
 ) -> Iterator[tuple[Batch, Step]]:
     """Learn batches one by one, yielding each (where it lay) with its step's outcome.
 
@@ -241,4 +310,8 @@ def fit(
     ordered = list(tasks.values())
     model.train()
     for batch in batches:
-        yield batch, train_step(model, held, batch.to(device, non_blocking=True), ordered, watch)
+        here = batch.to(device, non_blocking=True)
+        yield (
+            batch,
+            train_step(model, held, here, ordered, watch, quarantine_rows=quarantine_rows, scales_K=scales_K),
+        )

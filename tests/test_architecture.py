@@ -17,13 +17,15 @@ LAYERS = [
     ["console", "start", "replay", "lightning", "ladder"],
     ["config"],
     ["sequential", "predict"],
-    ["recovery"],
+    ["session"],
+    ["parts", "rescue"],
     ["instruments", "trackers", "train", "scoreboard"],
-    ["data", "models", "losses", "evaluate", "distributed", "report"],
-    ["monitors"],
+    ["data", "models", "losses", "guard", "evaluate", "distributed", "report"],
+    ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
+    ["checkpoints", "journal"],
     ["files"],
-    ["errors", "settings"],
+    ["errors", "settings", "stopping"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}
 FREE = {"testing"}  # imports what it tests; nothing imports it

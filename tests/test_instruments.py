@@ -97,7 +97,7 @@ def test_the_trunks_with_gates_show_them(tmp_path: Path) -> None:
 
 def test_a_run_is_the_same_to_the_bit_without_them(watched: RunFolder, tmp_path: Path) -> None:
     alone = train(tiny(*OFTEN, "watch.enabled=false"), tmp_path / "alone")
-    one, other = (folder.load_checkpoint() for folder in (watched, alone))
+    one, other = (folder.checkpoints.load() for folder in (watched, alone))
     for key, value in one["model"].items():
         assert torch.equal(value, other["model"][key]), key
     for part, saved in one["optimizers"].items():
@@ -130,7 +130,7 @@ def test_a_resumed_run_reads_and_warns_as_the_run_that_went_through(tmp_path: Pa
     with pytest.raises(KilledError):
         train(config, tmp_path / "killed", on_progress=crash)
     killed = RunFolder.open(tmp_path / "killed")
-    assert killed.checkpoints()[-1] == 66
+    assert killed.checkpoints.steps()[-1] == 66
     run(config.build(), killed, resume=True)
     for table in ("steps", *WATCHED):
         one, other = whole.readings(table), killed.readings(table)

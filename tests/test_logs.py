@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steadyrank.data import logs
+from steadyrank.data import logs, parquet
 from steadyrank.data.logs import Cursor, LogsConfig, ParquetLog, Reader, ReaderConfig
 from steadyrank.errors import ConfigError, DataError
 from steadyrank.schema import Batch, Schema
@@ -298,7 +298,7 @@ def test_a_uri_is_read_through_its_file_system(tmp_path: Path, monkeypatch: pyte
         path = uri.removeprefix("s3://").partition("?")[0]
         return pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), path
 
-    monkeypatch.setattr(logs.pafs, "FileSystem", SimpleNamespace(from_uri=from_uri))
+    monkeypatch.setattr(parquet.pafs, "FileSystem", SimpleNamespace(from_uri=from_uri))
     assert sorted(rows_of(read("s3://bucket/log?region=x"))) == list(range(10, 30))
     assert rows_of(read("s3://bucket/log/*-02/*.parquet?region=x", shuffle=False)) == list(range(20, 30))
     assert seen == ["s3://bucket/log?region=x", "s3://bucket/log?region=x"]

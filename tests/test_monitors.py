@@ -213,11 +213,11 @@ def test_several_flushes_and_a_resume_see_the_same(tmp_path: Path) -> None:
         watch.flush()
         if stop:
             run = RunFolder.create(tmp_path / "run")
-            run.save_checkpoint(stop, {"watch": watch.state_dict()})
+            run.checkpoints.save(stop, {"watch": watch.state_dict()})
             fresh = Watch(model, optimizers, ("a", "b"), config=OFTEN, flush_every=8, write=write)
             for handle in watch._handles:
                 handle.remove()
-            fresh.load_state_dict(run.load_checkpoint()["watch"])
+            fresh.load_state_dict(run.checkpoints.load()["watch"])
             train(model, optimizers, range(stop, 32), fresh)
             fresh.flush()
         return rows

@@ -1,6 +1,7 @@
 """A step done again is the same step, whatever it begins from, and leaves the run as it was."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_a_log_that_is_gone_or_shorter_is_told(tmp_path: Path) -> None:
     for row in cause.rows:
         assert row.columns["key"] == f"request {row.row}"
     pq.write_table(table.slice(0, 420), path)
-    with pytest.raises(DataError, match="the log ends after 9 steps, but the run went on to step 20"):
+    with pytest.raises(DataError, match="has changed since the run read it"):
         replay(folder.path, 15)
     path.unlink()
     with pytest.raises(ConfigError, match="there is no file or folder"):
@@ -172,3 +173,28 @@ def test_a_bad_step_is_replayed(tmp_path: Path) -> None:
     assert found.exact
     assert not all(math.isfinite(reading.loss) for reading in found.cause.tasks.values())
     assert "its loss was not finite" in found.cause.sentence
+
+
+def test_steps_are_replayed_through_a_damping_and_from_after_a_return(tmp_path: Path) -> None:
+    """The run is damped, goes back to an earlier state, and leaves data out."""
+    incident = "data.incidents=[{kind='units', at=0.4, length=0.2, target='watch_time', strength=1e9}]"
+    recovery = (
+        "recovery={mode='on', ladder=['damp', 'rollback', 'stop'], tries=1, patience_steps=12, rollback_then='both', "
+        "margin_steps=1, damp={steps=4, restore_steps=30}}"
+    )
+    kept = ("train.checkpoint_every=10", "train.keep_checkpoints=99", "watch.verdict={least_steps=6, steps=20}")
+    folder = train(tiny(*LONGER, incident, recovery, *kept), tmp_path / "run")
+    events = {kind: [e["step"] for e in folder.events() if e["kind"] == kind] for kind in ("damped", "returned")}
+    first, back = events["damped"][0], events["returned"][0]
+    assert first < back
+    for step in (first + 3, back, back + 5):
+        found = replay(folder.path, step)
+        assert found.exact, str(found)
+        assert found.start >= (back if step > back else 0)
+    for step in folder.checkpoints.steps():
+        if step >= back:
+            shutil.rmtree(folder.checkpoints.folder(step))
+    with pytest.raises(
+        CheckpointError, match=rf"at step {back} the run went back to an earlier state, and no checkpoint"
+    ):
+        replay(folder.path, back + 5)

@@ -19,12 +19,12 @@ from .tiny import tiny, train
 
 
 def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return folder.load_checkpoint()["model"]
+    return folder.checkpoints.load()["model"]
 
 
 def check_same_run(one: RunFolder, other: RunFolder) -> None:
     """Check that two runs left the same weights, optimizer states, readings and summary, bit for bit."""
-    left, right = one.load_checkpoint(), other.load_checkpoint()
+    left, right = one.checkpoints.load(), other.checkpoints.load()
     for key in left["model"]:
         assert torch.equal(left["model"][key], right["model"][key]), key
     for part in left["optimizers"]:
@@ -64,7 +64,7 @@ def test_a_run_resumed_from_a_checkpoint_equals_the_run_that_went_through(tmp_pa
     with pytest.raises(KilledError):
         train(config, tmp_path / "killed", on_progress=crash)
     killed = RunFolder.open(tmp_path / "killed")
-    assert killed.checkpoints() == [7]
+    assert killed.checkpoints.steps() == [7]
     run(config.build(), killed, resume=True)
     check_same_run(whole, killed)
     assert whole.summary()["missing"] == killed.summary()["missing"]
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint_to_resume(tmp_path: Path) -> None
 
     folder = train(tiny(), tmp_path / "run", on_progress=press)
     assert folder.summary()["status"] == "interrupted"
-    assert folder.checkpoints() == [6]
+    assert folder.checkpoints.steps() == [6]
     assert folder.events()[-1]["kind"] == "interrupted"
     whole = train(tiny(), tmp_path / "whole")
     run(tiny().build(), folder, resume=True)
@@ -172,7 +172,7 @@ def test_a_bad_label_halfway_keeps_the_run_up_to_there(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path / "run")
     assert folder.summary()["status"] == "data_error"
     assert folder.summary()["rows"] > 0
-    assert folder.checkpoints()
+    assert folder.checkpoints.steps()
     assert folder.report_path().exists()
 
 

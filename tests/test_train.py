@@ -107,11 +107,25 @@ def test_guard_selects_and_does_not_multiply() -> None:
         assert torch.equal(gradient, torch.zeros_like(parameter))
 
 
-def test_guard_lets_large_finite_gradients_pass() -> None:
+def test_guard_lets_large_gradients_pass_but_not_those_whose_squares_overflow() -> None:
     parameter, empty = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(0))
-    parameter.grad, empty.grad = torch.full((4,), 3e38), torch.ones(0)  # their L2 norm overflows float32
+    parameter.grad, empty.grad = torch.full((4,), 1e13), torch.ones(0)
     assert bool(guard([parameter, empty], torch.ones(1)).ok)
-    assert torch.equal(parameter.grad, torch.full((4,), 3e38))
+    assert torch.equal(parameter.grad, torch.full((4,), 1e13))
+    parameter.grad[2] = -3e38
+    verdict = guard([parameter, empty], torch.ones(1))
+    assert verdict.bad_parameters.tolist() == [True, False]
+    torch.testing.assert_close(verdict.largest, torch.tensor([3e38, 0.0]))
+    assert torch.equal(parameter.grad, torch.zeros(4))
+
+
+def test_guard_judges_each_gradient_by_the_range_of_its_dtype() -> None:
+    double, half = nn.Parameter(torch.ones(2, dtype=torch.float64)), nn.Parameter(torch.ones(2, dtype=torch.float16))
+    double.grad = torch.full((2,), 1e20, dtype=torch.float64)
+    half.grad = torch.full((2,), 6e4, dtype=torch.float16)
+    assert bool(guard([double, half], torch.ones(1)).ok)
+    half.grad[0] = torch.inf
+    assert guard([double, half], torch.ones(1)).bad_parameters.tolist() == [False, True]
 
 
 def test_fit_learns_with_a_ranker_and_two_optimizers() -> None:

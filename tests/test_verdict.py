@@ -420,9 +420,9 @@ def test_the_state_is_plain_and_belongs_to_its_tasks(tmp_path: Path) -> None:
     verdicts.add_losses(1, np.array([[0.5, math.nan]]))
     verdicts.add_window(20, {"normalised_entropy/a": 0.9})
     folder = RunFolder.create(tmp_path / "run")
-    folder.save_checkpoint(1, {"verdicts": verdicts.state_dict()})  # refuses all but plain values and tensors
+    folder.checkpoints.save(1, {"verdicts": verdicts.state_dict()})  # refuses all but plain values and tensors
     other = Verdicts({"a": "binary", "b": "regression"})
-    other.load_state_dict(folder.load_checkpoint()["verdicts"])
+    other.load_state_dict(folder.checkpoints.load()["verdicts"])
     assert other.summary() == verdicts.summary()
     with pytest.raises(CheckpointError, match="schema"):
         Verdicts({"b": "binary"}).load_state_dict(verdicts.state_dict())

@@ -427,12 +427,12 @@ def test_a_run_that_is_resumed_sees_what_a_straight_one_sees(tmp_path: Path, sto
         watch, rows = watched(net, optimizers, flush_every=8)
         train(net, optimizers, range(stop), watch, bad=[3])
         folder = RunFolder.create(tmp_path / str(cut))
-        folder.save_checkpoint(stop, {"watch": watch.state_dict()})  # refuses what it could not load
+        folder.checkpoints.save(stop, {"watch": watch.state_dict()})  # refuses what it could not load
         if cut:
             watch.close()
             rows_so_far = rows
             watch, rows = watched(net, optimizers, flush_every=8)
-            watch.load_state_dict(folder.load_checkpoint()["watch"])
+            watch.load_state_dict(folder.checkpoints.load()["watch"])
             rows[:0] = rows_so_far
         train(net, optimizers, range(stop, 48), watch)
         watch.close()

@@ -129,6 +129,7 @@ def _blocks(source: Path, kind: str, types: dict[str, pa.DataType], progress: Pr
     total = source.stat().st_size
     if kind == ".parquet":
         for batch in pq.ParquetFile(source).iter_batches():
+            batch.validate(full=True)  # an index past its dictionary would end the process when it is written
             yield pa.Table.from_batches([batch])
         if progress is not None:
             progress(total, total)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from ..schema import Feature, IdFeature, IdsFeature, NumberFeature, PositionFeature, Schema, Task
 from .columns import MAX_LABEL
-from .logs import Source
+from .source import Source
 
 SAMPLE_ROWS = 200_000
 _TIME = re.compile(

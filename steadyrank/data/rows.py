@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from ..errors import DataError
-from .logs import Source
+from .source import Source
 
 
 def find_rows(source: Source, rows: Sequence[int]) -> pa.Table:

@@ -27,7 +27,7 @@ Shapes: B rows of a block, K heads, N items that ever live, S slots.
 """
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +40,7 @@ from ..errors import ConfigError, DataError, check_known, nearest
 from ..schema import Feature, IdFeature, IdsFeature, NumberFeature, PositionFeature, Schema, Task
 from .columns import TRUTH, Place
 from .incidents import Column, Incident, Strike, bend_heads, find_strikes, shift_angle, spoil_features, take_over
-from .logs import Piece
+from .source import FileNote, Piece
 from .world import (
     CATEGORIES,
     GROUPS,
@@ -405,6 +405,18 @@ class Stream:
             piece = table.slice(skip) if columns is None else table.slice(skip).select(columns)
             yield Piece(piece, Place("the generated stream", None, first + skip))
             first += len(table)
+
+    def refresh(self) -> list[FileNote]:
+        """Return nothing: the stream does not grow."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the config says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int) -> list[FileNote]:
+        """Do nothing: the rows are the same ones."""
+        return []
 
     def _make_schema(self) -> Schema:
         config = self.config

@@ -235,6 +235,19 @@ class Watch:
         """Whether this step's update was kept for `headroom`."""
         return bool(self._moved)
 
+    def kept_update(self) -> list[Any]:
+        """Return what `headroom` would be measured on, for `keep_again` after a resume."""
+        names = {id(p): name for name, p in zip(self.parameters, self._parameters, strict=True)}
+        return [[names[id(each.parameter)], each.values, each.rows] for each in self._moved]
+
+    def keep_again(self, kept: Sequence[Any]) -> None:
+        """Take up a `kept_update`."""
+        named = dict(zip(self.parameters, self._parameters, strict=True))
+        place = [(named[name], values, rows) for name, values, rows in kept]
+        self._moved = [
+            Before(p, values.to(p.device), None if rows is None else rows.to(p.device)) for p, values, rows in place
+        ]
+
     def flush(self) -> dict[str, float]:
         """Bring all readings to the host, in one copy; judge, warn, write.
 

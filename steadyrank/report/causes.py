@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .records import shorten_name
 from .words import format_number, is_number
 
 SHOWN = 10
@@ -93,7 +94,9 @@ def _table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Tabl
     flat = [_flatten(row) for row in rows[:SHOWN]]
     names = dict.fromkeys([*(n for n in titles if any(n in row for row in flat)), *(n for row in flat for n in row)])
     named = [name for name in names if any(row.get(name) not in (None, "", []) for row in flat)]
-    return [titles.get(n, n) for n in named], [[_cell(name, row.get(name)) for name in named] for row in flat]
+    return [titles.get(n, shorten_name(n)) for n in named], [
+        [_cell(name, row.get(name)) for name in named] for row in flat
+    ]
 
 
 def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _cell(name: str, value: Any) -> str:
         shown = ", ".join(_cell("", one) for one in value[:6])
         return shown + (", …" if len(value) > 6 else "")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
+        return "–" if value is None else shorten_name(str(value))
     if name.endswith("_frac") and is_number(value):
         return f"{value:.0%}" if value >= 0.095 or value == 0 else f"{100 * value:.2g}%"
     # Whole numbers are mostly keys of the log, which a person copies.

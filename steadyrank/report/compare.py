@@ -11,6 +11,7 @@ from ..runs import RunFolder
 from . import markup
 from .overlay import draw_runs
 from .plots import look
+from .records import read_summary
 from .words import VERDICTS, format_number, is_number, verdict_words
 
 MAIN_METRIC = {"binary": "auc", "regression": "normalised_rmse"}
@@ -35,7 +36,7 @@ def compare(runs: Sequence[RunFolder | str | Path]) -> list[dict[str, Any]]:
     """
     found = []
     for folder in map(_open, runs):
-        summary = folder.summary() or {"status": "unfinished"}
+        summary = read_summary(folder) or {"status": "unfinished"}
         found.append(
             {
                 "run": folder.path.name,
@@ -69,7 +70,7 @@ def write_comparison(runs: Sequence[RunFolder | str | Path], target: str | Path)
     if not folders:
         raise ConfigError("give at least one run folder to compare")
     names = _names(folders)
-    summaries = [folder.summary() or {} for folder in folders]
+    summaries = [read_summary(folder) for folder in folders]
     page = markup.fill(
         "compare.html.j2",
         draw_runs(dict(zip(names, folders, strict=True))),

@@ -12,6 +12,7 @@ from .curves import auc_panel, calibration_panel, entropy_panel, error_panel, lo
 from .layers import clip_map_panel, clip_panel, dead_map_panel, update_map_panel
 from .moment import Moment, moment_panel
 from .plots import Columns, Panel, Readings, merge_steps, share_axis
+from .records import read_readings
 from .tables import rank_panel, row_update_panel
 from .tasks import (
     cosine_panel,
@@ -44,7 +45,7 @@ _SHADES = {"full_divergence": "rgba(190,45,40,0.13)", "micro_divergence": "rgba(
 
 def read_tables(folder: RunFolder) -> dict[str, Columns]:
     """Return a run's tables of readings, with one row for each step."""
-    return {name: merge_steps(folder.readings(name)) for name in TABLES}
+    return {name: merge_steps(read_readings(folder, name)) for name in TABLES}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ def fill(template: str, sections: Sequence[Section], **values: Any) -> str:
     )
     environment.filters.update(number=format_number, count=format_count)
     panels = [panel for section in sections for panel in section.panels]
-    figures = {panel.key: json.loads(panel.figure.to_json()) for panel in panels if panel.figure is not None}
+    figures = {
+        panel.key: json.loads(panel.figure.to_json(engine="json")) for panel in panels if panel.figure is not None
+    }
     drawn = [Section(s.title, [panel for panel in s.panels if panel.figure is not None]) for s in sections]
     return environment.get_template(template).render(
         sections=[section for section in drawn if section.panels],

@@ -10,6 +10,7 @@ from .causes import cause_block
 from .figures import Section, draw, find_tasks, read_tables
 from .moment import find_moment
 from .plots import Readings
+from .records import read_causes, read_events, read_summary
 from .tables import last_of_tables
 from .timeline import NAMES, SYMBOLS, Timeline, draw_timeline, find_episodes, lead_sentence, notable_steps
 from .words import (
@@ -65,7 +66,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
 
 def render(folder: RunFolder) -> str:
     """Return the page as text."""
-    summary, story = folder.summary() or {}, tell(folder)
+    summary, story = read_summary(folder), tell(folder)
     outcomes = summary.get("tasks", {})
     verdicts = [task["verdict"] for task in outcomes.values() if task.get("verdict")]
     events = fold_events(story.events)
@@ -102,8 +103,7 @@ def render(folder: RunFolder) -> str:
 
 def tell(folder: RunFolder) -> Story:
     """Return what a run folder tells, with its figures drawn."""
-    summary, causes = folder.summary() or {}, folder.causes()
-    happened = sorted(folder.events(), key=lambda event: int(event["step"]))  # a flush tells of several steps at once
+    summary, causes, happened = read_summary(folder), read_causes(folder), read_events(folder)
     tables = read_tables(folder)
     outcomes = summary.get("tasks", {})
     tasks = list(outcomes or find_tasks(tables["steps"], tables["windows"]))

@@ -38,8 +38,12 @@ CELLS = 160
 """At most so many time bins in a heat map."""
 ROWS = 50
 """At most so many rows in a heat map, those that went furthest."""
+LINES = 100
+"""At most so many names a figure, the first; nobody could tell more apart, and a browser would not draw them."""
 CROWDED = 6
 """Of more tasks than this, the companions of each line are hidden until asked for."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Figures are in float32, to be half as large."""
 WIDE_SCALE = 30.0
 """A span of values beyond this factor is drawn on a logarithmic axis."""
 
@@ -159,6 +163,9 @@ def curves(
     series = readings.series(table, reading)
     if not series:
         return skip(panel, readings.table(table), table, reading, reason)
+    if len(series) > LINES:
+        panel = replace(panel, how=f"{panel.how} Shown are the first {LINES} of {len(series)}.")
+        series = dict(itertools.islice(series.items(), LINES))
     figure = new_figure()
     steps = readings.table(table)["step"]
     places = {name: i for i, name in enumerate([*readings.tasks, *(n for n in series if n not in readings.tasks)])}
@@ -250,7 +257,7 @@ def line(
     dash: str = "solid",
     of: int = 1,
 ) -> go.Scatter:
-    """Return one line; what is not finite is a gap.
+    """Return one line; what is not finite in float32 is a gap.
 
     Args:
         readings: Whose windows tell rows and log time, for the hover text.
@@ -262,7 +269,7 @@ def line(
         dash: Of the line.
         of: How many lines share the figure's points.
     """
-    values = np.where(np.isfinite(values), values, np.nan)
+    values = np.where(np.abs(values) <= LARGEST, values, np.nan)
     known = np.flatnonzero(~np.isnan(values))
     if len(known) > 1 and np.median(np.diff(known)) > 1:  # read more seldom than its table has rows: these are no gaps
         steps, values = steps[known], values[known]
@@ -319,8 +326,16 @@ def shorten(name: str, limit: int) -> str:
     >>> shorten("trunk.experts.3.layers.linear_0.weight", limit=24)
     't.e.3.l.linear_0.weight'
     """
-    while len(name) > limit and (word := re.search(r"[^\W\d_]{2,}", name)):
-        name = name[: word.start() + 1] + name[word.end() :]
+    excess = len(name) - limit
+
+    def shorten_word(word: re.Match[str]) -> str:
+        nonlocal excess
+        if excess <= 0:
+            return word[0]
+        excess -= len(word[0]) - 1
+        return word[0][0]
+
+    name = re.sub(r"[^\W\d_]{2,}", shorten_word, name)
     return name if len(name) <= limit else "…" + name[-limit + 1 :]
 
 
@@ -348,7 +363,7 @@ def _fill(value_PT: np.ndarray, heat: Heat) -> np.ndarray:
     finite_PT = np.isfinite(value_PT)
     top = np.max(value_PT, where=finite_PT, initial=-np.inf)
     strongest = np.where(value_PT == np.inf, np.nan if heat.least else top, np.nan)
-    filled: np.ndarray = np.where(finite_PT, value_PT, strongest)
+    filled: np.ndarray = np.clip(np.where(finite_PT, value_PT, strongest), -LARGEST, LARGEST)
     return filled
 
 

@@ -19,11 +19,12 @@ NAMES = {
     "notice": "notice",
     "alarm": "alarm",
     "bad step": "step left out",
+    "recovery": "done by the recovery",
     "cause": "cause report",
     "other": "other event",
 }
 """What each kind of mark is called."""
-SYMBOLS = {"notice": "△", "alarm": "▲", "bad step": "✕", "cause": "◆", "other": "●"}
+SYMBOLS = {"notice": "△", "alarm": "▲", "bad step": "✕", "recovery": "↺", "cause": "◆", "other": "●"}
 """How each kind of mark is drawn."""
 EVERYTHING = "the run"
 """The name of the band of what concerns no single task."""
@@ -108,9 +109,13 @@ def find_episodes(
     [Episode(task='a', first=7, last=None, verdict='full_divergence', reason='')]
     """
     found = []
+    told: dict[str, list[Mapping[str, Any]]] = {task: [] for task in tasks}
+    for event in events:
+        if event.get("kind") == "verdict" and event.get("task") in told:
+            told[event["task"]].append(event)
     for task in tasks:
         verdict = verdicts.get(task)
-        found += _from_events(task, events) if verdict is None else _from_verdict(task, verdict)
+        found += _from_events(task, told[task]) if verdict is None else _from_verdict(task, verdict)
     return found
 
 
@@ -123,14 +128,18 @@ def draw_timeline(
 ) -> Timeline:
     """Return the bands of all tasks, and one more for what concerns no single task, where there is such a thing."""
     end = max([last_step, 1, *(event.last for event in events)])
-    owners = {event.task if event.task in tasks else "" for event in events if event.symbol}
+    marked: dict[str, list[Event]] = {"": [], **{task: [] for task in tasks}}
+    for event in events:
+        if event.symbol:
+            marked[event.task if event.task in marked else ""].append(event)
+    disturbed: dict[str, list[Segment]] = {task: [] for task in marked}
+    for episode in episodes:
+        disturbed[episode.task].append(_segment(episode, end))
     bands = []
-    for task in [*(["" for _ in (1,) if "" in owners]), *tasks]:
-        mine = [event for event in events if event.symbol and (event.task if event.task in tasks else "") == task]
+    for task in [*([""] if marked[""] else []), *tasks]:
         known = verdicts.get(task, {}).get("verdict", "")
-        disturbed = [episode for episode in episodes if episode.task == task]
-        calm = _BANDS.get(known, _GOOD if disturbed else "")
-        bands.append(Band(task or EVERYTHING, calm, [_segment(e, end) for e in disturbed], _marks(mine, end)))
+        calm = _BANDS.get(known, _GOOD if disturbed[task] else "")
+        bands.append(Band(task or EVERYTHING, calm, disturbed[task], _marks(marked[task], end)))
     return Timeline(bands, _ticks(end))
 
 
@@ -172,8 +181,6 @@ def _from_events(task: str, events: Sequence[Mapping[str, Any]]) -> list[Episode
     found: list[Episode] = []
     opened: Episode | None = None
     for event in events:
-        if event.get("kind") != "verdict" or event.get("task") != task:
-            continue
         step = int(event.get("since") or event["step"])
         if event.get("verdict") in _SEGMENTS:
             first = step if opened is None else opened.first
@@ -186,7 +193,7 @@ def _from_events(task: str, events: Sequence[Mapping[str, Any]]) -> list[Episode
 
 def _segment(episode: Episode, end: int) -> Segment:
     last = end if episode.last is None else episode.last
-    left = 100 * min(episode.first / end, 1.0)
+    left = 100 * min(max(episode.first / end, 0.0), 1.0)
     words = "to the end" if episode.last is None else f"to {last:,}"
     name = "full divergence" if episode.verdict == "full_divergence" else "micro-divergence"
     title = f"{name}, step {episode.first:,} {words}" + (f": {episode.reason}" if episode.reason else "")
@@ -204,7 +211,7 @@ def _marks(events: Sequence[Event], end: int) -> list[Mark]:
         title = f"step {first.step:,}: {first.message}"
         if count > 1:
             title = f"{count:,} times from step {first.step:,} to {last:,}; first: {first.message}"
-        marks.append(Mark(round(100 * first.step / end, 3), first.symbol, title))
+        marks.append(Mark(round(100 * max(first.step / end, 0.0), 3), first.symbol, title))
     return marks
 
 

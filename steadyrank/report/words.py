@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeGuard
 
 from ..metrics import share_attainable
+from .records import LONGEST_TEXT, shorten_name
 
 TITLES = {
     "auc": "AUC",
@@ -124,6 +125,9 @@ def headline(verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return f"Of {total} task{'s' if total > 1 else ''} {', '.join(parts)}.", mark
 
 
+_RECOVERY = ("recovery", "damped", "returned", "quarantine")
+
+
 def tell_event(event: Mapping[str, Any]) -> Event:
     """Return an event of the run as the page tells it.
 
@@ -133,7 +137,7 @@ def tell_event(event: Mapping[str, Any]) -> Event:
     ('alarm', 'alarm', 'it grows', 'x = 0.5000')
     """
     kind, level = str(event.get("kind")), event.get("level")
-    symbols = {"verdict": "", "cause": "cause", "bad_step": "bad step"}
+    symbols = {"verdict": "", "cause": "cause", "bad_step": "bad step"} | dict.fromkeys(_RECOVERY, "recovery")
     symbol = ("alarm" if level == "alarm" else "notice") if kind == "warning" else symbols.get(kind, "other")
     shown = str(level) if kind == "warning" and level else kind.replace("_", " ")
     if kind == "verdict":
@@ -142,6 +146,7 @@ def tell_event(event: Mapping[str, Any]) -> Event:
     others = {name: value for name, value in event.items() if name not in _TOLD and value not in ("", None)}
     pairs = named | dict(event.get("quantities") or {}) | others
     detail = ", ".join(f"{k} = {format_number(v) if is_number(v) else v}" for k, v in pairs.items())
+    detail = shorten_name(detail, LONGEST_TEXT)
     message, reason = str(event.get("message") or ""), str(event.get("reason") or "")
     if reason and reason not in message:
         message = f"{message}: {reason}" if message else reason
@@ -195,12 +200,13 @@ def format_count(value: Any) -> str:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Say whether it is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the figures of the header: label and value."""
     sizes, optimizer = summary.get("parameters", {}), summary.get("optimizer", {})
+    recovery = summary.get("recovery", {})
     first, last = _date(summary.get("first_time_s")), _date(summary.get("last_time_s"))
     found = [
         ("Steps", format_count(summary.get("steps"))),
@@ -214,6 +220,8 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Optimizer, dense", optimizer.get("dense", "–")),
         ("Optimizer, tables", optimizer.get("tables", "–")),
         ("Steps left out", format_count(summary.get("bad_steps"))),
+        ("Recovery", ", ".join(f"{count} x {rung}" for rung, count in recovery.get("actions", {}).items()) or "–"),
+        ("Rows left out", format_count(recovery.get("rows_skipped") or None)),
     ]
     return [(label, value) for label, value in found if value != "–"]
 

@@ -1,0 +1,173 @@
+"""How much memory a run would take, from its configuration alone: said before anything is made.
+
+Shapes: D width of the input, K tasks.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import ConfigError
+from ..schema import Schema
+from .ranker import ModelConfig
+from .trunks import MMoEConfig, PLEConfig, SharedBottomConfig
+
+TABLE_BYTES = 4
+"""Of a weight of an embedding table; its optimizer may keep as much again."""
+DENSE_BYTES = 12
+"""Of any other weight: itself, its gradient and one accumulator."""
+LAYER_BYTES = 10_000
+"""Of a layer, however small: Python's objects."""
+COLUMN_BYTES = 8
+"""Of a value of the log in a window."""
+UNIT_BYTES = 8
+"""Of the output of a unit for one row of a batch: itself and its gradient."""
+
+
+class Layer(NamedTuple):
+    """So many alike linear layers; `vectors` are the parameters of each unit besides: bias, LayerNorm."""
+
+    count: int
+    width_in: int
+    width_out: int
+    vectors: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Number of parameters."""
+        return self.count * self.width_out * (self.width_in + self.vectors)
+
+
+def list_layers(schema: Schema, config: ModelConfig) -> dict[str, list[Layer]]:
+    """Return the linear layers of the model that `Ranker` would make, by part.
+
+    >>> schema = Schema(features={"item": {"kind": "id", "rows": 50}}, tasks={"click": {"kind": "binary"}})
+    >>> list_layers(schema, ModelConfig(trunk={"kind": "shared_bottom", "widths": [8]}))
+    {'cross': [], 'trunk': [Layer(count=1, width_in=16, width_out=8, vectors=1)],
+     'tower': [Layer(count=1, width_in=8, width_out=1, vectors=1)]}
+    """
+    width, tasks = _input_width(schema), len(schema.tasks)
+    trunk = list(_trunk(width, config, tasks))
+    width_out = config.trunk.widths[-1]
+    hidden = _mlp(tasks, width_out, config.tower, config.layer_norm)
+    output = Layer(tasks, (width_out, *config.tower)[-1], 1)
+    return {"cross": list(_cross(width, config)), "trunk": trunk, "tower": [*hidden, output]}
+
+
+def check_memory(
+    schema: Schema, config: ModelConfig, *, window_rows: int = 0, batch_rows: int = 0, machine_bytes: int | None = None
+) -> None:
+    """Refuse what this machine has no memory for: the system would else stop the process in the midst of it.
+
+    Counted is the least that is needed, so that nothing is refused that might do.
+
+    Args:
+        schema: Features and tasks.
+        config: The layers.
+        window_rows: Rows of a window, at most those of the log.
+        batch_rows: Rows of a batch, at most those of a window.
+        machine_bytes: The memory; the machine's own, or what its container may use, when None.
+
+    Raises:
+        ConfigError: It does not fit; with the arithmetic of the largest part.
+
+    >>> schema = Schema(features={"item": {"kind": "id", "rows": 10**9}}, tasks={"click": {"kind": "binary"}})
+    >>> check_memory(schema, ModelConfig(), machine_bytes=24 * 10**9)
+    Traceback (most recent call last):
+    ...
+    steadyrank.errors.ConfigError: this run needs at least 64.0 GB of memory, and this machine has 24.0 GB. Most takes
+    the table 'item': 1,000,000,001 rows x 16 x 4 bytes = 64.0 GB; give it fewer rows or a smaller width
+    """
+    machine = _machine_bytes() if machine_bytes is None else machine_bytes
+    needs = list(_needs(schema, config, window_rows, batch_rows))
+    total = sum(size for size, _, _ in needs)
+    if machine is None or total <= machine:
+        return
+    size, what, advice = max(needs)
+    raise ConfigError(
+        f"this run needs at least {_gigabytes(total)} of memory, and this machine has {_gigabytes(machine)}. Most "
+        f"takes {what} = {_gigabytes(size)}; {advice}"
+    )
+
+
+def _needs(schema: Schema, config: ModelConfig, window_rows: int, batch_rows: int) -> Iterator[tuple[int, str, str]]:
+    """Yield what takes memory: bytes, what it is, and what to do about it."""
+    tasks = len(schema.tasks)
+    for name, slot in schema.tables.items():
+        what = f"the table '{name}': {slot.rows:,} rows x {slot.width:,} x {TABLE_BYTES} bytes"
+        yield slot.rows * slot.width * TABLE_BYTES, what, "give it fewer rows or a smaller width"
+    for name, feature in schema.position_features.items():
+        size = (feature.rows + 1) * tasks * DENSE_BYTES
+        what = f"the position feature '{name}': {feature.rows + 1:,} rows x {tasks} tasks x {DENSE_BYTES} bytes"
+        yield size, what, "give it fewer rows"
+    parts = list_layers(schema, config)
+    for part, layers in parts.items():
+        weights, count = sum(layer.weights for layer in layers), sum(layer.count for layer in layers)
+        what = f"model.{part}: {weights:,} weights x {DENSE_BYTES} bytes + {count:,} layers x {LAYER_BYTES:,}"
+        yield weights * DENSE_BYTES + count * LAYER_BYTES, what, "make its layers fewer or narrower"
+    columns = len(schema.features) + 2 * tasks
+    what = f"a window: {window_rows:,} rows x {columns} columns x {COLUMN_BYTES} bytes"
+    yield window_rows * columns * COLUMN_BYTES, what, "make reader.window_rows smaller"
+    units = _input_width(schema) + sum(layer.count * layer.width_out for layers in parts.values() for layer in layers)
+    what = f"a batch: {batch_rows:,} rows x {units:,} units x {UNIT_BYTES} bytes"
+    yield batch_rows * units * UNIT_BYTES, what, "make reader.batch_size smaller"
+
+
+def _input_width(schema: Schema) -> int:
+    tables = schema.tables
+    embedded = [*schema.id_features.values(), *schema.list_features.values()]
+    return sum(tables[feature.table].width for feature in embedded) + 2 * len(schema.number_features)
+
+
+def _cross(width: int, config: ModelConfig) -> Iterator[Layer]:
+    if config.cross is None:
+        return
+    rank, last = config.cross.rank, 2 * config.cross.layer_norm
+    if rank is None:
+        yield Layer(config.cross.layers, width, width)
+    else:
+        yield Layer(config.cross.layers, width, rank, 0)
+        yield Layer(config.cross.layers, rank, width)
+    if last:
+        yield Layer(1, 0, width, last)
+
+
+def _trunk(width: int, config: ModelConfig, tasks: int) -> Iterator[Layer]:
+    match config.trunk:
+        case SharedBottomConfig(widths=widths):
+            yield from _mlp(1, width, widths, config.layer_norm)
+        case MMoEConfig(experts=experts, widths=widths):
+            yield from _mlp(experts, width, widths, config.layer_norm)
+            yield Layer(tasks, width, experts, 0)
+        case PLEConfig(levels=levels, shared_experts=shared, task_experts=own, widths=widths):
+            for count, width_in in ((1, width), (levels - 1, widths[-1])):
+                yield from _mlp(count * (shared + own * tasks), width_in, widths, config.layer_norm)
+                yield Layer(count * tasks, width_in, own + shared, 0)
+            for count, width_in in ((min(levels - 1, 1), width), (max(levels - 2, 0), widths[-1])):
+                yield Layer(count, width_in, own * tasks + shared, 0)  # the last level has no shared gate
+
+
+def _mlp(count: int, width_in: int, widths: Sequence[int], layer_norm: bool) -> Iterator[Layer]:
+    for width in widths:
+        yield Layer(count, width_in, width, 3 if layer_norm else 1)
+        width_in = width
+
+
+def _machine_bytes() -> int | None:
+    """Return the memory of this machine, or of the container where it may use less; None where nothing says."""
+    found = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            said = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if said.isdecimal():
+            found.append(int(said))
+    return min((size for size in found if size > 0), default=None)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size:.1e} bytes"

@@ -1,0 +1,115 @@
+"""What a run is made of, and how far it is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from .data.logs import Reader
+from .errors import ConfigError
+from .monitors.watch import WatchConfig
+from .recovery import RecoveryConfig
+from .schema import Schema
+from .settings import Settings
+from .trackers import TrackersConfig
+
+
+class TrainConfig(Settings):
+    """The training loop."""
+
+    device: str = "auto"
+    """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; its own choice when left out. With other work on the machine fewer are much faster."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps between two readings; they cross to the host together."""
+    window_steps: int = Field(default=100, ge=1)
+    """Steps of a progressive window: metrics are given for each."""
+    checkpoint_every: int = Field(default=1000, ge=0)
+    """Steps between two checkpoints, from which a killed run goes on; 0 leaves the one at the end alone."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept, the newest; the newest healthy one is kept in any case."""
+    keep_days: int | None = Field(default=None, ge=0)
+    """Days of the log of which the last checkpoint is kept besides: one is made at the end of each. When left out, 7
+    in a run that follows its log, else none."""
+    max_readings_mb: float = Field(default=1000.0, gt=0)
+    """Most megabytes of each table of readings, and of the events; beyond it the oldest half is dropped."""
+    wait_for_disk_s: float = Field(default=600.0, ge=0)
+    """Seconds to wait for space on a full disk before the run ends."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """After a step whose loss or gradient is not finite (its update is left out): stop the run, or count and go on."""
+    max_bad_steps: int = Field(default=100, ge=1)
+    """Bad steps in a row after which the run stops in any case."""
+    quarantine_rows: bool = False
+    """Leave out a row of an embedding's gradient that is not finite alone, and go on with the rest of the step."""
+    follow: bool = False
+    """At the end of the log, wait for new files and go on: `--follow`. A window then ends where its file ends."""
+    follow_every_s: float = Field(default=10.0, gt=0)
+    """Seconds between two looks for new files."""
+    follow_idle_s: float | None = Field(default=None, ge=0)
+    """Seconds without a new file after which a run that follows ends; never when left out."""
+
+    @property
+    def days_kept(self) -> int:
+        """Days of which a checkpoint is kept."""
+        return self.keep_days if self.keep_days is not None else 7 if self.follow else 0
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    name: str
+    schema: Schema
+    reader: Reader
+    model: nn.Module
+    optimizers: dict[str, Optimizer]
+    config: TrainConfig
+    device: torch.device
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The whole configuration, for the trackers."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """More for the summary: sizes of the model, names of the optimizers."""
+
+
+class Progress(NamedTuple):
+    """How far a run is, for a progress bar."""
+
+    step: int
+    rows: int
+    total_rows: int
+    rows_per_s: float
+    losses: Mapping[str, float]
+    """Mean loss by task since the last reading."""
+    auc: Mapping[str, float]
+    """Progressive AUC by binary task so far: the mean over windows, weighted by their rows."""
+
+
+OnProgress = Callable[[Progress], None]
+OnEvent = Callable[[int, str, str], None]
+"""Called with the step, the kind and the words of what a user should see at once."""
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is a GPU when there is one.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"train.device = '{name}' is not to be had here: {error}; 'auto' takes what there is"
+        ) from error
+    return device

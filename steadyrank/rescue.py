@@ -1,0 +1,104 @@
+"""What a run keeps at hand to survive: the ladder, the damper, snapshots, and the data it leaves out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .recovery import Action, Damper, Ladder, RecoveryConfig, Trouble
+from .scoreboard import Scoreboard
+from .snapshots import SnapshotRing
+
+
+class Rescue:
+    """The recovery's own state: what was tried stays tried, also where training goes back.
+
+    Args:
+        config: When to do what.
+        optimizers: What is damped.
+        tasks: Names of the tasks.
+        device: Of the model.
+    """
+
+    def __init__(
+        self,
+        config: RecoveryConfig,
+        optimizers: Mapping[str, Optimizer],
+        tasks: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self.config, self.mode = config, config.mode
+        self.ladder = Ladder(config)
+        self.damper = Damper(config.damp, optimizers, tasks, device)
+        self.ring = SnapshotRing(int(config.snapshot_budget_mb * 1e6))
+        self.skip_until = 0
+        """Windows of the log before this one are left out."""
+        self.rows_skipped = 0
+        self.returned_at = -1
+        """The step at which training went back last: the state of that step is an earlier one."""
+        self._counts: dict[str, int] = {}
+
+    @property
+    def scales_K(self) -> Tensor | None:  # noqa: N802 - a shape suffix
+        """By how much each task is damped; None where nothing ever is."""
+        return self.damper.scales_K if self.mode == "on" else None
+
+    def takes(self, trigger: str) -> bool:
+        """Say whether such a trouble is answered here."""
+        return self.mode == "on" and trigger in self.config.triggers
+
+    def decide(
+        self,
+        step: int,
+        troubles: list[Trouble],
+        suspected: Mapping[str, int],
+        can_go_back: Callable[[int], bool],
+    ) -> Action | None:
+        """Return what is to be done now, if anything."""
+        if self.mode == "off":
+            return None
+        action = self.ladder.decide(step, troubles, suspected, can_go_back)
+        if action is not None and self.mode == "on":
+            self._counts[action.rung] = self._counts.get(action.rung, 0) + 1
+        return action
+
+    def is_due(self, step: int) -> bool:
+        """Say whether a snapshot is."""
+        return self.mode == "on" and step - max(self.ring.steps, default=0) >= self.config.snapshot_every
+
+    def ring_state(self) -> list[Any]:
+        """Return the snapshots, for a checkpoint that must leave no trace."""
+        held = [self.ring.newest_before(step + 1) for step in self.ring.steps]
+        return [[found[0], {**found[1], "board": found[1]["board"].state_dict()}] for found in held if found]
+
+    def load_ring(self, held: Sequence[Any] | None, new_board: Callable[[], Scoreboard]) -> None:
+        """Take up what `ring_state` gave."""
+        self.ring.clear()
+        for step, state in held or ():
+            board = new_board()
+            board.load_state_dict(state["board"])
+            self.ring.add(step, {**state, "board": board})
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was done in the whole run."""
+        return {"mode": self.mode, "actions": dict(self._counts), "rows_skipped": self.rows_skipped}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, but for the snapshots."""
+        return {
+            "ladder": self.ladder.state_dict(),
+            "damper": self.damper.state_dict(),
+            "skip_until": self.skip_until,
+            "rows_skipped": self.rows_skipped,
+            "returned_at": self.returned_at,
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.ladder.load_state_dict(state["ladder"])
+        self.damper.load_state_dict(state["damper"])
+        self.skip_until, self.rows_skipped = state["skip_until"], state["rows_skipped"]
+        self.returned_at, self._counts = state["returned_at"], dict(state["counts"])

@@ -1,0 +1,527 @@
+"""The state of a run, from its first step to its last: everything that a resume needs is in `state_dict`."""
+
+import dataclasses
+import errno
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Kind
+from .data.logs import Cursor, FileNote
+from .errors import CheckpointError, DivergenceError
+from .instruments import Instruments
+from .metrics import DAY_US, iso_day
+from .parts import OnEvent, OnProgress, Parts, Progress
+from .recovery import Action, Trouble
+from .report.page import write_report
+from .rescue import Rescue
+from .runs import RunFolder
+from .schema import Batch
+from .scoreboard import Scoreboard
+from .stopping import Stop
+from .trackers import Trackers, open_trackers
+from .train import Readings, Step, fit
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
+
+
+class Session:
+    """One run, or what a resumed run takes up.
+
+    Args:
+        parts: What to train, on what.
+        folder: Takes what the run leaves.
+        stop: Ends the run early.
+        on_progress: Called at each reading.
+        on_event: Called with what a user should see at once.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        folder: RunFolder,
+        stop: Stop,
+        on_progress: OnProgress | None = None,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self.parts, self.folder, self.stop = parts, folder, stop
+        self.on_progress, self.on_event = on_progress, on_event
+        parts.model.to(parts.device)
+        optimizers = list(parts.optimizers.values())
+        for optimizer in optimizers:  # state that was made with the weights moves with them
+            optimizer.load_state_dict(optimizer.state_dict())
+        self.step, self.rows, self.seconds = 0, 0, 0.0
+        self.first_time: int | None = None
+        self.last_time: int | None = None
+        self.cursor = Cursor()
+        self.board = self._new_board()
+        self.readings = Readings(list(parts.schema.tasks), parts.model.named_parameters(), optimizers)
+        self.trackers = Trackers([])
+        self.instruments: Instruments | None = None
+        if parts.watch.enabled:
+            self.instruments = Instruments(parts.model, optimizers, parts.reader, parts.watch, folder, self._write)
+        self.rescue = Rescue(parts.recovery, parts.optimizers, list(parts.schema.tasks), parts.device)
+        self._troubles: list[Trouble] = []
+        self._returned = False
+        self._pending: list[tuple[Batch, Tensor]] = []
+        self._next = self.cursor
+        self._mark = (time.perf_counter(), 0)
+
+    def loop(self) -> None:
+        """Score and learn every batch from the cursor on, until the log ends or the run is stopped."""
+        self.trackers = open_trackers(
+            self.parts.trackers, self.folder, self.parts.name, self.parts.settings, resumed_at=self.step or None
+        )
+        self._mark = (time.perf_counter(), self.rows)
+        while self._train():  # again after each return to an earlier state
+            pass
+        if not self.stop.is_set():
+            self._flush()
+
+    def finish(self, status: str, message: str) -> dict[str, Any]:
+        """Write what is left: readings, the last window, a checkpoint, the summary and the report."""
+        try:
+            self._flush()
+        except DivergenceError as error:  # among the last steps before the log failed
+            message = f"{message}; {error}"
+        if status != "interrupted":  # a resume goes on with the window as it stands
+            self._close_window()
+        self.event(status, message, process=True) if status != "finished" else None
+        if self.step:
+            self.checkpoint("aside" if status == "interrupted" else "regular")
+        if self.instruments is not None and status != "interrupted":
+            self.instruments.watch.finish(stopped=status == "diverged")
+        summary = self._summary(status, message)
+        self.persist(lambda: self.folder.write_summary(summary))
+        self.persist(self.folder.flush)
+        self.trackers.close(ok=status == "finished")
+        self.persist(lambda: write_report(self.folder))
+        return summary
+
+    def checkpoint(self, kind: Kind = "regular", day: str = "") -> None:
+        """Save everything that a resume needs; one that is made `aside` leaves no trace in what the run does later."""
+        config, regular = self.parts.config, kind == "regular"
+        self._flush()
+        healthy = self._is_healthy()
+        if regular:
+            self.persist(lambda: self.folder.turn_over(config.max_readings_mb * 1e6))
+            self.rescue.ring.clear()  # from here on the checkpoint is what one returns to: the same after a resume
+        state = self.state_dict()
+        if not regular and self.step in self.folder.checkpoints.steps():
+            return
+        if not regular:
+            state["ring"] = self.rescue.ring_state()
+        self.persist(lambda: self.folder.checkpoints.save(self.step, state, kind=kind, healthy=healthy, day=day))
+        self.persist(self.prune)
+        if regular:
+            self.persist(self.folder.drop_old)
+            self._remember(healthy)
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are not to be kept."""
+        self.folder.checkpoints.prune(self.parts.config.keep_checkpoints, self.parts.config.days_kept)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint that is whole; with none, begin at the beginning.
+
+        Raises:
+            CheckpointError: It belongs to another model or version.
+            DataError: The log is not the one that the run read.
+        """
+        damaged: list[str] = []
+        found = self.folder.checkpoints.load_newest(damaged.append)
+        if found is None and self.folder.checkpoints.steps():
+            raise CheckpointError(f"{self.folder.path}: no checkpoint can be used: {damaged[0]}")
+        if found is None:
+            self.folder.rewind({})
+        else:
+            try:
+                self.load_state_dict(found[1])
+            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+                raise CheckpointError(
+                    f"{self.folder.path}: the checkpoint belongs to another model or version ({error}); start anew"
+                ) from error
+            self.folder.rewind(found[1]["marks"])
+            self.rescue.load_ring(found[1].get("ring", ()), self._new_board)
+            self.prune()
+            if "ring" not in found[1]:
+                self._remember(self._is_healthy())
+        for message in damaged:
+            self.event("damaged_checkpoint", f"{message}; the one before was used", process=True)
+        self.event("resumed", f"goes on at step {self.step}", process=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the run remembers, as tensors and plain values."""
+        return {
+            "step": self.step,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "first_time": self.first_time,
+            "last_time": self.last_time,
+            "marks": self.persist(self.folder.mark),
+            "readings": self.readings.state_dict(),
+            "rescue": self.rescue.state_dict(),
+            "board": self.board.state_dict(),
+            **self._trained_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._load_trained_state(state)
+        self.board.load_state_dict(state["board"])
+        for note in self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row):
+            self._note_file(note)
+        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.first_time, self.last_time = state["first_time"], state["last_time"]
+        self.readings.load_state_dict(state["readings"])
+        self.rescue.load_state_dict(state["rescue"])
+
+    def _new_board(self) -> Scoreboard:
+        return Scoreboard(self.parts.schema, truth=self.parts.reader.encoder.truth)
+
+    def event(self, kind: str, message: str, **detail: Any) -> None:
+        """Write an event down, and show it."""
+        self.folder.event(self.step, kind, message, **detail)
+        if self.on_event is not None:
+            self.on_event(self.step, kind, message)
+
+    def persist(self, write: Callable[[], T]) -> T:
+        """Write; where the disk is full, wait for space."""
+        waited, pause = 0.0, 5.0
+        while True:
+            try:
+                return write()
+            except CheckpointError as error:
+                full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+                if not full or waited >= self.parts.config.wait_for_disk_s or self.stop.is_set():
+                    raise
+                if not waited and self.on_event is not None:
+                    self.on_event(self.step, "disk_full", f"{error}; waiting for space")
+                waited += pause
+                self.stop.wait(pause)
+
+    def _trained_state(self) -> dict[str, Any]:
+        """Return what training has made, and where it stands in the log: what one returns to."""
+        generators = {"torch": torch.get_rng_state()}
+        if self.parts.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.parts.device)
+        with self.rescue.damper.undamped():
+            optimizers = {name: optimizer.state_dict() for name, optimizer in self.parts.optimizers.items()}
+        return {
+            "rows": self.rows,
+            "cursor": self.cursor.state_dict(),
+            "reader": self.parts.reader.state_dict(),
+            "model": self.parts.model.state_dict(),
+            "optimizers": optimizers,
+            "generators": generators,
+            "instruments": {} if self.instruments is None else self.instruments.state_dict(),
+        }
+
+    def _load_trained_state(self, state: Mapping[str, Any]) -> None:
+        self.parts.model.load_state_dict(state["model"])
+        with self.rescue.damper.undamped():
+            for name, optimizer in self.parts.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+        torch.set_rng_state(state["generators"]["torch"])
+        if "cuda" in state["generators"] and self.parts.device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.parts.device)
+        self.cursor = Cursor(**state["cursor"])
+        if self.instruments is not None:
+            self.instruments.load_state_dict(state["instruments"])
+
+    def _train(self) -> bool:
+        """Go through the log from the cursor on; says whether the run has returned to an earlier state."""
+        parts = self.parts
+        steps = fit(
+            parts.model,
+            parts.optimizers,
+            self._batches(),
+            parts.schema.tasks,
+            device=parts.device,
+            watch=self.instruments.watch if self.instruments else None,
+            quarantine_rows=parts.config.quarantine_rows,
+            scales_K=self.rescue.scales_K,
+        )
+        for batch, outcome in steps:
+            self._note(batch, outcome)
+            at_rest = self._keep_house()
+            if self._returned:
+                self._returned = False
+                return True
+            if self.stop.is_set() and (at_rest or self.stop.is_late()):
+                break
+        return False
+
+    def _keep_house(self) -> bool:
+        """Do what is due after a step; says whether everything that the steps left was written down."""
+        config, step = self.parts.config, self.step
+        ends_window = step % config.window_steps == 0
+        saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+        if not (ends_window or saves or step % config.log_every == 0 or self.parts.reader.file_ends):
+            return False
+        self._flush()
+        if ends_window:
+            self._close_window()
+        self._recover()
+        if self._returned:
+            return True
+        if saves:
+            self.checkpoint()
+        elif self.rescue.is_due(step):
+            self._remember(self._is_healthy())
+        return True
+
+    def _batches(self) -> Iterator[Batch]:
+        yield from self._read()
+        while self.parts.config.follow and not self.stop.is_set() and self._wait_for_files():
+            yield from self._read()
+
+    def _read(self) -> Iterator[Batch]:
+        reader = self.parts.reader
+        for batch, cursor in reader.batches(self.cursor):
+            if cursor.window < self.rescue.skip_until:
+                self.cursor, self.rescue.rows_skipped = cursor, self.rescue.rows_skipped + len(batch)
+                if self.stop.is_set():
+                    return
+                continue
+            if cursor.window != self.cursor.window:
+                self._end_day(batch, cursor)
+                if self.instruments is not None:
+                    self.instruments.begin_window(batch)
+            if self.instruments is not None:
+                self.instruments.expect(last_of_window=reader.left == 0)
+            self._next = cursor
+            self.rescue.damper.apply(self.step + 1)
+            yield batch
+
+    def _end_day(self, batch: Batch, cursor: Cursor) -> None:
+        """Save a checkpoint where the window that begins with `batch` is the first of a new day."""
+        if not self.parts.config.days_kept or cursor.last_time is None:
+            return
+        ended = cursor.last_time // DAY_US
+        if int(batch.time.min()) // DAY_US > ended:
+            self.cursor = dataclasses.replace(cursor, batches=0, window_rows=0)
+            self.checkpoint(day=iso_day(ended))
+
+    def _wait_for_files(self) -> bool:
+        """Wait for new files at the end of the log; says whether there are some."""
+        config, waited = self.parts.config, 0.0
+        self.checkpoint("aside")
+        while True:
+            notes = self.parts.reader.refresh()
+            for note in notes:
+                self._note_file(note)
+            if any(note.kind == "new" for note in notes):
+                self._mark = (time.perf_counter(), self.rows)
+                return True
+            if config.follow_idle_s is not None and waited >= config.follow_idle_s:
+                return False
+            if not waited and self.on_event is not None:
+                self.on_event(self.step, "waiting", "the log is at its end; waiting for new files (Ctrl-C stops)")
+            waited += config.follow_every_s
+            if self.stop.wait(config.follow_every_s):
+                return False
+
+    def _note_file(self, note: FileNote) -> None:
+        self.event("file", f"{note.kind} file {note.file}: {note.message}", process=True, file=note.file)
+
+    def _note(self, batch: Batch, outcome: Step) -> None:
+        """Count a step; nothing here waits for the device."""
+        self.step += 1
+        self.rows += len(batch)
+        self.cursor = self._next
+        low, high = int(batch.time.min()), int(batch.time.max())
+        self.first_time = low if self.first_time is None else min(low, self.first_time)
+        self.last_time = high if self.last_time is None else max(high, self.last_time)
+        self.readings.add(self.step, outcome)
+        self._pending.append((batch, outcome.scores))
+        if self.instruments is not None:
+            self.instruments.note(batch)
+
+    def _flush(self) -> None:
+        """Fetch what the steps since the last flush left on the device, and write it down."""
+        row = self.readings.fetch()
+        if not row:
+            return
+        if self.instruments is not None:
+            row |= self.instruments.flush()
+        now = time.perf_counter()
+        elapsed = now - self._mark[0]
+        speed = (self.rows - self._mark[1]) / elapsed if elapsed > 0 else math.nan
+        self.seconds += elapsed
+        scores = torch.cat([scores for _, scores in self._pending]).float().cpu()
+        for (batch, _), scores_BK in zip(self._pending, scores.split([len(b) for b, _ in self._pending]), strict=True):
+            self.board.add(batch, scores_BK)
+        self._pending.clear()
+        self._mark = (now, self.rows)
+        self._write("steps", self.step, {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
+        if self.on_progress is not None:
+            losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
+            self.on_progress(
+                Progress(self.step, self.rows, self.parts.reader.rows, speed, losses, self.board.auc_so_far())
+            )
+        self._judge()
+        self.persist(self.folder.flush)
+
+    def _judge(self) -> None:
+        """Say which steps were bad; stop where nothing else deals with them."""
+        readings, config = self.readings, self.parts.config
+        for rows in readings.quarantined:
+            self.event("quarantine", f"{rows}: left out, and the rest of the step learned")
+        bad = readings.first_bad
+        if bad is None:
+            return
+        others = f", as were {readings.bad_since - 1} more" if readings.bad_since > 1 else ""
+        task = bad.tasks[0] if bad.tasks else ""
+        self.event("bad_step", f"{bad}; its update was left out{others}", task=task, count=readings.bad_since)
+        self._troubles.append(Trouble("bad_steps", self.step, bad.step, task, str(bad), readings.bad_since))
+        endless = readings.in_a_row >= config.max_bad_steps
+        if endless or (config.on_bad_step == "stop" and not self.rescue.takes("bad_steps")):
+            many = f"{readings.in_a_row} steps in a row were bad, the last reading's first one is " if endless else ""
+            raise DivergenceError(
+                f"{many}{bad}. No weight was touched by it, and the run up to there is kept in {self.folder.path}. "
+                "Look at the report; lower the learning rate or use Clippy, set recovery.mode = 'on', or set "
+                "train.on_bad_step = 'skip' to count such steps and go on"
+            )
+
+    def _close_window(self) -> None:
+        """Write the metrics of the progressive window that ends here."""
+        self._flush()
+        row = self.board.close_window()
+        if row:
+            row |= {"log/rows": float(self.rows), "log/time_s": (self.last_time or 0) / 1e6}
+            self._write("windows", self.step, row)
+            if self.instruments is not None:
+                self.instruments.watch.window(row)
+            self.persist(self.folder.flush)
+
+    def _recover(self) -> None:
+        """Take the next rung of the ladder where something is wrong."""
+        if self.instruments is not None:
+            self._troubles += self.instruments.take_troubles()
+        troubles, self._troubles = self._troubles, []
+        action = self.rescue.decide(self.step, troubles, self._suspected(), self._can_go_back)
+        if action is None:
+            return
+        done = self.rescue.mode == "on"
+        words = action.reason if done else f"advice only (recovery.mode = 'advise'): {action.reason}"
+        detail = {"action": action.rung, "task": action.task, "since": action.since, "done": done}
+        self.event("recovery", words, **detail)
+        if not done:
+            return
+        if action.rung == "damp":
+            self._damp(action)
+        elif action.rung == "rollback":
+            self._go_back(action)
+        elif action.rung == "stop":
+            raise DivergenceError(
+                f"{action.reason}. The run up to there is kept in {self.folder.path}; look at the report, lower the "
+                "learning rate, or change [recovery]"
+            )
+
+    def _damp(self, action: Action) -> None:
+        self.event("damped", self.rescue.damper.begin(self.step, action.task), task=action.task)
+
+    def _suspected(self) -> dict[str, int]:
+        """Return the tasks whose divergence is open, with its first step."""
+        if self.instruments is None:
+            return {}
+        found = self.instruments.watch.verdicts.summary()
+        return {name: int(of["since"]) for name, of in found.items() if of["verdict"] == "suspected"}
+
+    def _is_healthy(self) -> bool:
+        finite = all(bool(torch.isfinite(p).all()) for p in self.parts.model.parameters())
+        return finite and not self.readings.in_a_row and not self._suspected()
+
+    def _remember(self, healthy: bool) -> None:
+        """Keep the state as it is in memory, to return to."""
+        if healthy and self.rescue.mode == "on":
+            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": self.board})
+            if refusal:
+                self.event("recovery", refusal)
+
+    def _can_go_back(self, since: int) -> bool:
+        """Say whether there is a state from well before step `since`."""
+        before = self._before(since)
+        return any(step < before for step in self.rescue.ring.steps) or bool(self._on_disk(before))
+
+    def _before(self, since: int) -> int:
+        """Return the step before which a state will do; that to which the run went back last always does."""
+        return max(since - self.parts.recovery.margin_steps, self.rescue.returned_at + 1)
+
+    def _on_disk(self, before: int) -> list[int]:
+        """Return the healthy checkpoints from before a step, of those that a resumed run has too."""
+        kept = self.folder.checkpoints
+        facts = {step: kept.facts(step) for step in kept.steps() if step < before}
+        return [step for step, of in facts.items() if of.get("kind") == "regular" and of.get("healthy")]
+
+    def _go_back(self, action: Action) -> None:
+        """Return to the newest state from before the trouble, and go on from there as the configuration says.
+
+        Steps go on being counted; what the abandoned ones left in readings and events stays.
+        """
+        before, here, rows = self._before(action.since), self.cursor, self.rows
+        found = self.rescue.ring.newest_before(before)
+        if found is None:
+            wanted = self._on_disk(before)
+            found = self.folder.checkpoints.load_newest(self._say_damaged, lambda step, _: step in wanted)
+        if found is None:
+            raise CheckpointError(f"{self.folder.path}: no whole checkpoint from before step {before} to return to")
+        then, state = found
+        instruments = None if self.instruments is None else self.instruments.go_back(state["instruments"])
+        self._load_trained_state({**state, "instruments": instruments})
+        if isinstance(state["board"], Scoreboard):
+            self.board = state["board"]
+        else:
+            self.board.load_state_dict(state["board"])
+        reader = self.parts.reader
+        reader.load_state_dict({**state["reader"], "source": reader.source.state_dict()}, self.cursor.next_row)
+        self.rows = state["rows"]
+        self.readings.in_a_row = 0
+        self.event("returned", f"went back to the state of step {then}", then=then)
+        if action.windows_to_skip:  # what was read since is not read again, and the rest of the window not at all
+            self.cursor = here
+            self.rescue.skip_until = here.window + action.windows_to_skip
+            self.rescue.rows_skipped += rows - self.rows
+        if action.damp:
+            self._damp(action)
+        self._returned, self.rescue.returned_at = True, self.step
+        self.checkpoint()  # `replay` starts here: no earlier step leads to the next one
+
+    def _say_damaged(self, message: str) -> None:
+        self.event("damaged_checkpoint", f"{message}; the one before was used", process=True)
+
+    def _write(self, table: str, step: int, row: Mapping[str, float]) -> None:
+        self.folder.append(table, step, row)
+        self.trackers.log(table, step, row)
+
+    def _summary(self, status: str, message: str) -> dict[str, Any]:
+        return {
+            "name": self.parts.name,
+            "status": status,
+            "message": message,
+            "steps": self.step,
+            "rows": self.rows,
+            "seconds": round(self.seconds, 3),
+            "rows_per_s": round(self.rows / self.seconds, 1) if self.seconds else 0.0,
+            "bad_steps": self.readings.bad_steps,
+            "recovery": self.rescue.summary(),
+            "first_time_s": None if self.first_time is None else self.first_time / 1e6,
+            "last_time_s": None if self.last_time is None else self.last_time / 1e6,
+            "missing": self.parts.reader.missing.as_dict(),
+            **self.parts.facts,
+            "tasks": self._outcomes(),
+        }
+
+    def _outcomes(self) -> dict[str, Any]:
+        """Return what each task reached, with its verdict."""
+        tasks = self.board.summary()
+        if self.instruments is not None:
+            for name, verdict in self.instruments.watch.verdicts.summary().items():
+                tasks[name]["verdict"] = verdict
+        return tasks
