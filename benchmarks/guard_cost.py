@@ -2,9 +2,10 @@
 
     python benchmarks/guard_cost.py [--steps N] [--rounds N] [--jobs demo mmoe] [--write]
 
-Models that are the same learn the same batches in this process, step by step in turn: one by PyTorch's own forward,
-backward and step, one by `train_step`, one by `train_step` with quarantine of rows. Then the guard's parts alone are
-timed on the gradients of a step. One thread of torch and the process's own time (CPU), so that other work on the
+Models that are the same learn the same batches in this process, step by step in turn: by PyTorch's own forward,
+backward and step, by `train_step`, and both again with the instruments, as a run has them: these need the largest
+coordinate of each gradient anyway, which the guard gives them. Then the guard's parts alone are timed on the gradients
+of a step. One thread of torch and the process's own time (CPU), so that other work on the
 machine counts less; on a GPU the clock's, waiting for the device after each step. `--write` puts the tables into a
 results file beside this script, named after the hardware.
 """
@@ -33,6 +34,7 @@ from steadyrank.data.logs import Cursor
 from steadyrank.guard import Before, judge, step_where_ok
 from steadyrank.losses import multitask_loss
 from steadyrank.models.ranker import ModelConfig, Ranker
+from steadyrank.monitors.watch import Watch
 from steadyrank.optim import ClippyAdagrad, RowWiseAdagrad, split_parameters
 from steadyrank.schema import Batch, Schema, Task
 from steadyrank.train import train_step
@@ -44,6 +46,8 @@ JOBS = {
     "mmoe": "26 ids, 13 numbers, MMoE of 4 experts of 256 and 128, two towers of 64, batch 1024",
 }
 PLAIN, GUARDED, QUARANTINE = "plain", "`train_step`", "`train_step` with quarantine"
+WATCHED, BOTH = "plain, watched", "`train_step`, watched"
+AGAINST = {PLAIN: PLAIN, GUARDED: PLAIN, QUARANTINE: PLAIN, WATCHED: WATCHED, BOTH: WATCHED}
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Job:
     optimizers: list[Optimizer]
     tasks: list[Task]
     batches: list[Batch]
+    watch: Watch | None = None
 
 
 def build_demo(steps: int) -> Job:
@@ -86,25 +91,28 @@ def draw(schema: Schema, seed: int, rows: int = 1024) -> Batch:
     return Batch(ids, (), numbers, none, labels, torch.ones_like(labels), zero, zero).to(DEVICE)
 
 
-def twin_of(job: Job) -> Job:
+def twin_of(job: Job, watched: bool = False) -> Job:
     """Return a copy whose optimizers hold the copied parameters."""
     model, optimizers = copy.deepcopy((job.model, job.optimizers))
-    return Job(model, optimizers, job.tasks, job.batches)
+    names = [f"task {i}" for i in range(len(job.tasks))]
+    return Job(model, optimizers, job.tasks, job.batches, Watch(model, optimizers, names) if watched else None)
 
 
 def plain_step(job: Job, batch: Batch) -> None:
     """Learn a batch as one writes it down in PyTorch, with the serving scores of the same forward pass."""
     _, logits_BK = job.model.forward_both(batch)
-    total, _ = multitask_loss(logits_BK, batch.labels, batch.weights, job.tasks)
+    total, parts_K = multitask_loss(logits_BK, batch.labels, batch.weights, job.tasks)
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
+    if job.watch is not None:
+        job.watch.losses(parts_K, logits=logits_BK)
     total.backward()
     for optimizer in job.optimizers:
         optimizer.step()
 
 
 def guarded_step(job: Job, batch: Batch) -> None:
-    train_step(job.model, job.optimizers, batch, job.tasks)
+    train_step(job.model, job.optimizers, batch, job.tasks, job.watch)
 
 
 def quarantine_step(job: Job, batch: Batch) -> None:
@@ -123,8 +131,14 @@ def take(work: Callable[[], Any]) -> float:
 
 def measure(job: Job, steps: int, rounds: int) -> dict[str, list[list[float]]]:
     """Return the seconds of each kind of step, by round; which comes first changes from step to step."""
-    kinds = {PLAIN: plain_step, GUARDED: guarded_step, QUARANTINE: quarantine_step}
-    twins = {name: twin_of(job) for name in kinds}
+    kinds = {
+        PLAIN: plain_step,
+        GUARDED: guarded_step,
+        QUARANTINE: quarantine_step,
+        WATCHED: plain_step,
+        BOTH: guarded_step,
+    }
+    twins = {name: twin_of(job, watched=name in (WATCHED, BOTH)) for name in kinds}
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(rounds)] for name in kinds}
     gc.collect()
     gc.freeze()
@@ -171,13 +185,14 @@ def report(title: str, job: Job, steps: int, rounds: int) -> list[str]:
     dense = sum(p.numel() for o in job.optimizers for g in o.param_groups for p in g["params"] if p.numel() < 1e6)
     lines = [f"## {title[0].upper()}{title[1:]}", ""]
     lines += [f"{dense:,} dense coordinates, {len(list(job.model.parameters()))} parameters.", ""]
-    lines += ["| step | ms, median | over plain: median of rounds | lowest | highest |", "|---|---|---|---|---|"]
+    lines += ["| step | ms, median | ratio: median of rounds | lowest | highest | to |", "|---|---|---|---|---|---|"]
     for name, by_round in seconds.items():
-        # Within each step of the three, then the median of the round: what struck one step alone falls away.
-        pairs = [zip(mine, plain, strict=True) for mine, plain in zip(by_round, seconds[PLAIN], strict=True)]
+        # Within each batch, then the median of the round: what struck one step alone falls away.
+        other = AGAINST[name]
+        pairs = [zip(mine, theirs, strict=True) for mine, theirs in zip(by_round, seconds[other], strict=True)]
         ratios = [statistics.median(a / b for a, b in pair) for pair in pairs]
         ms = 1e3 * statistics.median(s for one in by_round for s in one)
-        cells = f"{statistics.median(ratios):.4f} | {min(ratios):.4f} | {max(ratios):.4f}"
+        cells = f"{statistics.median(ratios):.4f} | {min(ratios):.4f} | {max(ratios):.4f} | {other}"
         lines.append(f"| {name} | {ms:.2f} | {cells} |")
     plain = statistics.median(s for one in seconds[PLAIN] for s in one)
     lines += ["", "| part of the guard | µs: median (quartiles) | of a plain step |", "|---|---|---|"]
@@ -203,9 +218,10 @@ def head(arguments: argparse.Namespace) -> list[str]:
         f"{__version__} at {commit or 'no commit'}, torch {torch.__version__}, 1 thread, Python "
         f"{platform.python_version()}.",
         "",
-        f"{arguments.rounds} rounds of {arguments.steps} steps, three models that are the same in turn on each batch. A "
-        "plain step is forward, losses, backward and the optimizers' steps. `train_step` is the same with the guard. "
-        "A shared machine: read the ratios, not the milliseconds.",
+        f"{arguments.rounds} rounds of {arguments.steps} steps, models that are the same in turn on each batch. A "
+        "plain step is forward, losses, backward and the optimizers' steps; `train_step` is the same with the guard. "
+        "Watched: with the instruments, as every run has them at their defaults; they need the largest coordinate of "
+        "each gradient anyway, which the guard gives them. A shared machine: read the ratios, not the milliseconds.",
         "",
     ]
 

@@ -3,6 +3,7 @@
 These names are for your own training loop; reading logs is in `steadyrank.data`, whole runs in `steadyrank.config`.
 """
 
+from .checkpoints import Checkpoints as Checkpoints
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
@@ -27,6 +28,9 @@ from .optim.rivals import LambAdagrad as LambAdagrad
 from .optim.rivals import StableAdamW as StableAdamW
 from .optim.wrap import ClipGradients as ClipGradients
 from .optim.wrap import ClipUpdates as ClipUpdates
+from .recovery import Damper as Damper
+from .recovery import Ladder as Ladder
+from .recovery import RecoveryConfig as RecoveryConfig
 from .runs import RunFolder as RunFolder
 from .schema import Batch as Batch
 from .schema import IdFeature as IdFeature
@@ -35,6 +39,7 @@ from .schema import NumberFeature as NumberFeature
 from .schema import PositionFeature as PositionFeature
 from .schema import Schema as Schema
 from .schema import Task as Task
+from .snapshots import SnapshotRing as SnapshotRing
 from .train import fit as fit
 from .train import guard as guard
 from .train import train_step as train_step

@@ -144,6 +144,16 @@ class Checkpoints:
                 say(str(error))
         return None
 
+    def mend(self) -> None:
+        """Tidy up after a writer that was killed: what it was about to replace is put back, what is half is deleted."""
+        for path in self.path.glob(".step_*"):
+            final = self.path / path.stem[1:]
+            with writing(path):
+                if path.suffix == ".old" and not final.exists():
+                    path.rename(final)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
     def prune(self, keep: int, keep_days: int = 0) -> None:
         """Delete all but the newest.
 
@@ -156,7 +166,7 @@ class Checkpoints:
         kept = {*regular[len(regular) - keep :]} if keep else set()
         if keep or keep_days:
             kept |= {*daily[max(len(daily) - keep_days, 0) :]}
-            kept |= {*[step for step in facts if facts[step].get("healthy")][-1:], *list(facts)[-1:]}
+            kept |= {*[step for step in regular if facts[step].get("healthy")][-1:], *list(facts)[-1:]}
         self._delete([step for step in facts if step not in kept])
 
     def facts(self, step: int) -> dict[str, Any]:
@@ -170,9 +180,9 @@ class Checkpoints:
         for step in steps:
             folder = self.folder(step)
             with writing(folder):  # first out of sight, so that half a checkpoint is never seen
-                old = folder.with_name(f".step_{step}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                shutil.rmtree(folder.rename(old))
+                gone = folder.with_name(f".step_{step}.gone")
+                shutil.rmtree(gone, ignore_errors=True)
+                shutil.rmtree(folder.rename(gone))
 
 
 def _write(folder: Path, plain: Any, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -43,12 +43,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a text with its control characters spelt out, but for tabs and line breaks: a terminal would obey them.
+    """Return a text in which what is not to be seen is spelt out: control characters, but for tabs and line breaks.
 
-    >>> visible("click" + chr(27) + "]0;title" + chr(7))
-    'click\\\\x1b]0;title\\\\x07'
+    A terminal would obey them. Half a surrogate, as in a file name that is no UTF-8, could not even be printed.
+
+    >>> visible("click" + chr(27) + "]0;title" + chr(7)), visible(chr(0xD800))
+    ('click\\\\x1b]0;title\\\\x07', '\\\\ud800')
     """
-    return text.translate(_CONTROLS)
+    return text.encode(errors="backslashreplace").decode().translate(_CONTROLS)
 
 
 def near_path(path: str | Path) -> str:

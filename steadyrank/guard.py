@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
     """With quarantine, of each sparse gradient: its place in that order, how many rows were left out, and the numbers
     of the first `NAMED_ROWS` of them, -1 where there are fewer."""
     bad_statistics: Bool[Tensor, ""] | None = None
-    """Whether the forward pass made one of the model's running statistics infinite or NaN."""
+    """Whether the forward pass made a running statistic of the model infinite or NaN that was finite before."""
 
 
 @cache
@@ -104,7 +104,7 @@ def judge(
     parameters: Iterable[Tensor],
     losses_K: Float[Tensor, " tasks"],
     quarantined: Mapping[Tensor, Rows] | None = None,
-    statistics: Sequence[Tensor] = (),
+    statistics: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Verdict:
     """Form one verdict on losses, gradients and statistics, without changing any. There is no host sync.
 
@@ -112,7 +112,7 @@ def judge(
         parameters: Those that a step would change.
         losses_K: The mean loss of each task.
         quarantined: What `quarantine` found, if it was asked.
-        statistics: Buffers that the forward pass has changed (`Before.statistics`).
+        statistics: Buffers that the forward pass may have changed, as they are and as they were (`Before.statistics`).
     """
     held = [p for p in parameters if p.grad is not None]
     values = [_values(p) for p in held]
@@ -127,14 +127,14 @@ def judge(
 
 
 def _judge_here(
-    losses_K: Tensor, values: Sequence[Tensor], limits: Sequence[float], statistics: Sequence[Tensor]
+    losses_K: Tensor, values: list[Tensor], limits: list[float], statistics: Sequence[tuple[Tensor, Tensor]]
 ) -> Verdict:
     """Judge in Python's numbers: after a backward pass, each operation of torch takes longer than all of that."""
     sizes = [_largest_here(value) for value in values]
     tasks = [not math.isfinite(loss) for loss in losses_K.tolist()]
     # Written so that a NaN is bad.
     parameters = [not size <= limit for size, limit in zip(sizes, limits, strict=True)]
-    broken = not all(math.isfinite(_largest_here(each)) for each in statistics)
+    broken = any(not _is_finite(now) and _is_finite(before) for now, before in statistics)
     return Verdict(
         torch.tensor(not (broken or any(tasks) or any(parameters))),
         torch.tensor(tasks, dtype=torch.bool),
@@ -151,17 +151,25 @@ def _largest_here(value: Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def _judge_there(losses_K: Tensor, values: list[Tensor], limits: list[float], statistics: Sequence[Tensor]) -> Verdict:
+def _is_finite(value: Tensor) -> bool:
+    return math.isfinite(_largest_here(value))
+
+
+def _judge_there(
+    losses_K: Tensor, values: list[Tensor], limits: list[float], statistics: Sequence[tuple[Tensor, Tensor]]
+) -> Verdict:
     """Judge on the device; no host sync."""
-    largest_P = kernels.largest(values).to(losses_K.dtype) if values else losses_K.new_zeros(0)
-    limit = max(limits, default=math.inf)
-    limits_P = limit if min(limits, default=math.inf) == limit else torch.tensor(limits).to(losses_K, non_blocking=True)
-    bad_tasks_K, bad_parameters_P = ~torch.isfinite(losses_K), ~(largest_P <= limits_P)
-    broken = torch.zeros_like(bad_tasks_K.any())
+    largest_P = kernels.largest(values) if values else losses_K.new_zeros(0)
+    limit: float | Tensor = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, dtype=torch.float64)
+    if isinstance(limit, Tensor):
+        limit = limit.to(losses_K.device, non_blocking=True)
+    bad_tasks_K, bad_parameters_P = ~torch.isfinite(losses_K), ~(largest_P <= limit)
+    broken = torch.zeros((), dtype=torch.bool, device=losses_K.device)
     if statistics:
-        broken = ~torch.isfinite(kernels.largest(list(statistics))).all()
+        now_S, before_S = (torch.isfinite(kernels.largest(list(each))) for each in zip(*statistics, strict=True))
+        broken = (before_S & ~now_S).any()
     ok = ~(bad_tasks_K.any() | bad_parameters_P.any() | broken)
-    return Verdict(ok, bad_tasks_K, bad_parameters_P, largest_P, bad_statistics=broken)
+    return Verdict(ok, bad_tasks_K, bad_parameters_P, largest_P.to(losses_K.dtype), bad_statistics=broken)
 
 
 def guard(parameters: Iterable[Tensor], losses_K: Float[Tensor, " tasks"]) -> Verdict:
@@ -237,10 +245,13 @@ class Before:
             if buffer is not None:
                 self._kept.append(_Kept(room, name, buffer, buffer.detach().clone()))
 
-    def statistics(self) -> list[Tensor]:
-        """Return those of the kept buffers, as they are now, that could be infinite or NaN."""
-        now = [kept.place.get(kept.key) for kept in self._kept]
-        return [x for x in now if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+    def statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the kept floating-point buffers, as they are and as they were.
+
+        All of them: batch norm changes its own without counting that in a tensor's version.
+        """
+        now = [(kept.place.get(kept.key), kept.before) for kept in self._kept if kept.before.is_floating_point()]
+        return [(buffer, before) for buffer, before in now if isinstance(buffer, Tensor)]
 
     def keep_optimizer(self, optimizer: Optimizer, quarantined: Mapping[Tensor, Rows]) -> None:
         """Keep the weights and states that a step may change; of what `refuses` only the rows in quarantine."""
@@ -267,7 +278,7 @@ class Before:
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                 continue
             if tensor.device != parameter.device:
-                continue  # a counter on the host: `forget_steps`
+                continue  # a counter on the host: `forget_step`
             if parameter in self._rows and tensor.dim() > 0 and len(tensor) == len(parameter):
                 before = tensor.index_select(0, self._rows[parameter].rows_R)
                 self._kept.append(_Kept(place, key, tensor, before, parameter))
@@ -298,7 +309,11 @@ _BUFFERS: WeakKeyDictionary[nn.Module, list[tuple[_Room, str]]] = WeakKeyDiction
 
 
 def _buffers(model: nn.Module) -> list[tuple[_Room, str]]:
-    """Return where a model's buffers lie; looked up once, since going through all modules takes as long as the rest."""
+    """Return where a model's buffers lie, but for flags and large ones.
+
+    Looked up once for each model: going through all modules takes as long as the copies. A buffer that is registered
+    after the first step is not seen.
+    """
     if model not in _BUFFERS:
         found = [(module._buffers, *item) for module in model.modules() for item in module._buffers.items()]
         _BUFFERS[model] = [(room, name) for room, name, buffer in found if buffer is None or _may_change(buffer)]

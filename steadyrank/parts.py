@@ -78,6 +78,27 @@ class Parts:
     facts: dict[str, Any] = field(default_factory=dict)
     """More for the summary: sizes of the model, names of the optimizers."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what training changes: model, optimizers, what was read, and torch's generators."""
+        generators = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "reader": self.reader.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "generators": generators,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; the reader is told by whoever knows how far it has read."""
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        torch.set_rng_state(state["generators"]["torch"])
+        if "cuda" in state["generators"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
 
 class Progress(NamedTuple):
     """How far a run is, for a progress bar."""

@@ -159,10 +159,7 @@ class _Walk:
         parts = self.parts
         try:
             if start:
-                parts.model.load_state_dict(state["model"])
-                for name, optimizer in parts.optimizers.items():
-                    optimizer.load_state_dict(state["optimizers"][name])
-                torch.set_rng_state(state["generators"]["torch"])
+                parts.load_state_dict(state)
                 self._cursor = Cursor(**state["cursor"])
                 self._rescue.load_state_dict(state["rescue"])
                 if "reference" in state["instruments"]:

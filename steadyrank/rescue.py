@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checkpoints import Checkpoints
+from .errors import CheckpointError
 from .recovery import Action, Damper, Ladder, RecoveryConfig, Trouble
-from .scoreboard import Scoreboard
 from .snapshots import SnapshotRing
 
 
@@ -20,6 +21,7 @@ class Rescue:
         optimizers: What is damped.
         tasks: Names of the tasks.
         device: Of the model.
+        kept: The checkpoints on disk.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class Rescue:
         optimizers: Mapping[str, Optimizer],
         tasks: Sequence[str],
         device: torch.device,
+        kept: Checkpoints,
     ) -> None:
-        self.config, self.mode = config, config.mode
+        self.config, self.mode, self.kept = config, config.mode, kept
         self.ladder = Ladder(config)
         self.damper = Damper(config.damp, optimizers, tasks, device)
         self.ring = SnapshotRing(int(config.snapshot_budget_mb * 1e6))
@@ -68,18 +71,45 @@ class Rescue:
         """Say whether a snapshot is."""
         return self.mode == "on" and step - max(self.ring.steps, default=0) >= self.config.snapshot_every
 
+    def can_go_back(self, since: int) -> bool:
+        """Say whether there is a state from well before step `since`."""
+        before = self._before(since)
+        return any(step < before for step in self.ring.steps) or bool(self._on_disk(before))
+
+    def find_earlier(self, since: int, say: Callable[[str], None]) -> tuple[int, Any]:
+        """Return the newest state from well before step `since`, and its step; `say` gets what is wrong with others.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        before = self._before(since)
+        found = self.ring.newest_before(before)
+        if found is None:
+            wanted = self._on_disk(before)
+            found = self.kept.load_newest(say, lambda step, _: step in wanted)
+        if found is None:
+            raise CheckpointError(f"{self.kept.path}: no whole checkpoint from before step {before} to return to")
+        return found
+
+    def _before(self, since: int) -> int:
+        """Return the step before which a state will do; that to which the run went back last always does."""
+        return max(since - self.config.margin_steps, self.returned_at + 1)
+
+    def _on_disk(self, before: int) -> list[int]:
+        """Return the healthy checkpoints from before a step, of those that a resumed run has too."""
+        facts = {step: self.kept.facts(step) for step in self.kept.steps() if step < before}
+        return [step for step, of in facts.items() if of.get("kind") == "regular" and of.get("healthy")]
+
     def ring_state(self) -> list[Any]:
         """Return the snapshots, for a checkpoint that must leave no trace."""
         held = [self.ring.newest_before(step + 1) for step in self.ring.steps]
-        return [[found[0], {**found[1], "board": found[1]["board"].state_dict()}] for found in held if found]
+        return [list(found) for found in held if found]
 
-    def load_ring(self, held: Sequence[Any] | None, new_board: Callable[[], Scoreboard]) -> None:
+    def load_ring(self, held: Sequence[Any]) -> None:
         """Take up what `ring_state` gave."""
         self.ring.clear()
-        for step, state in held or ():
-            board = new_board()
-            board.load_state_dict(state["board"])
-            self.ring.add(step, {**state, "board": board})
+        for step, state in held:
+            self.ring.add(step, state)
 
     def summary(self) -> dict[str, Any]:
         """Return what was done in the whole run."""

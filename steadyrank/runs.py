@@ -202,7 +202,8 @@ class RunFolder:
     def rewind(self, marks: Mapping[str, Mark]) -> None:
         """Cut readings and events back to where they stood: nothing is there twice when the steps after are made again.
 
-        Events that tell of the process and not of the training (`process=True`) stay.
+        Events that tell of the process and not of the training (`process=True`) stay; `flush` writes them anew. The
+        summary goes: the run has not ended.
         """
         self._buffers.clear()
         self._names.clear()
@@ -210,8 +211,9 @@ class RunFolder:
         self._events.rewind(marks.get(_EVENTS, []))
         for table in self._known_tables():
             self._table(table).rewind(marks.get(f"{_READINGS}/{table}", []))
-        if kept:
-            self._events.append([to_json(row, indent=None) for row in kept])
+        self._buffers[_EVENTS] = [to_json(row, indent=None) for row in kept]
+        with writing(self.path / _SUMMARY):
+            (self.path / _SUMMARY).unlink(missing_ok=True)
 
     def turn_over(self, most_bytes: int | float) -> None:
         """Begin new files for readings and events of which half of `most_bytes` is full, right before a checkpoint."""

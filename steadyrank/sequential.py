@@ -58,14 +58,17 @@ def run(
         status, message = "finished", ""
         failure: SteadyRankError | None = None
         try:
-            session.loop()
-        except DataError as error:
-            status, message, failure = "data_error", str(error), error
-        except DivergenceError as error:
-            status, message, failure = "diverged", str(error), error
-        if stop.is_set() and failure is None:
-            status, message = "interrupted", f"stopped by the user at step {session.step}"
-        summary = session.finish(status, message)
+            try:
+                session.loop()
+            except DataError as error:
+                status, message, failure = "data_error", str(error), error
+            except DivergenceError as error:
+                status, message, failure = "diverged", str(error), error
+            if stop.is_set() and failure is None:
+                status, message = "interrupted", f"stopped by the user at step {session.step}"
+            summary = session.finish(status, message)
+        finally:
+            session.trackers.close(ok=False)  # where the disk, or a second Ctrl-C, ends it at once
     if failure is not None:
         raise failure
     return summary

@@ -1,10 +1,10 @@
 """The state of a run, from its first step to its last: everything that a resume needs is in `state_dict`."""
 
 import dataclasses
-import errno
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checkpoints import Kind
 from .data.logs import Cursor, FileNote
-from .errors import CheckpointError, DivergenceError
+from .errors import CheckpointError, ConfigError, DivergenceError
 from .instruments import Instruments
 from .metrics import DAY_US, iso_day
 from .parts import OnEvent, OnProgress, Parts, Progress
@@ -22,11 +22,10 @@ from .rescue import Rescue
 from .runs import RunFolder
 from .schema import Batch
 from .scoreboard import Scoreboard
-from .stopping import Stop
+from .stopping import Stop, wait_until, write_patiently
 from .trackers import Trackers, open_trackers
 from .train import Readings, Step, fit
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
@@ -50,33 +49,34 @@ class Session:
         on_event: OnEvent | None = None,
     ) -> None:
         self.parts, self.folder, self.stop = parts, folder, stop
-        self.on_progress, self.on_event = on_progress, on_event
+        self.on_progress = on_progress
+        self.on_event: OnEvent = on_event or (lambda step, kind, message: None)
         parts.model.to(parts.device)
-        optimizers = list(parts.optimizers.values())
+        optimizers, tasks = list(parts.optimizers.values()), list(parts.schema.tasks)
         for optimizer in optimizers:  # state that was made with the weights moves with them
             optimizer.load_state_dict(optimizer.state_dict())
         self.step, self.rows, self.seconds = 0, 0, 0.0
         self.first_time: int | None = None
         self.last_time: int | None = None
         self.cursor = Cursor()
-        self.board = self._new_board()
-        self.readings = Readings(list(parts.schema.tasks), parts.model.named_parameters(), optimizers)
+        self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth)
+        self.readings = Readings(tasks, parts.model.named_parameters(), optimizers)
         self.trackers = Trackers([])
         self.instruments: Instruments | None = None
         if parts.watch.enabled:
             self.instruments = Instruments(parts.model, optimizers, parts.reader, parts.watch, folder, self._write)
-        self.rescue = Rescue(parts.recovery, parts.optimizers, list(parts.schema.tasks), parts.device)
+        self.rescue = Rescue(parts.recovery, parts.optimizers, tasks, parts.device, folder.checkpoints)
         self._troubles: list[Trouble] = []
-        self._returned = False
+        self._resumed = self._returned = False
+        self._day: int | None = None
         self._pending: list[tuple[Batch, Tensor]] = []
         self._next = self.cursor
         self._mark = (time.perf_counter(), 0)
 
     def loop(self) -> None:
         """Score and learn every batch from the cursor on, until the log ends or the run is stopped."""
-        self.trackers = open_trackers(
-            self.parts.trackers, self.folder, self.parts.name, self.parts.settings, resumed_at=self.step or None
-        )
+        parts, since = self.parts, self.step if self._resumed else None
+        self.trackers = open_trackers(parts.trackers, self.folder, parts.name, parts.settings, resumed_at=since)
         self._mark = (time.perf_counter(), self.rows)
         while self._train():  # again after each return to an earlier state
             pass
@@ -107,6 +107,7 @@ class Session:
         """Save everything that a resume needs; one that is made `aside` leaves no trace in what the run does later."""
         config, regular = self.parts.config, kind == "regular"
         self._flush()
+        self._gather_troubles()
         healthy = self._is_healthy()
         if regular:
             self.persist(lambda: self.folder.turn_over(config.max_readings_mb * 1e6))
@@ -133,7 +134,8 @@ class Session:
             CheckpointError: It belongs to another model or version.
             DataError: The log is not the one that the run read.
         """
-        damaged: list[str] = []
+        damaged, notes = list[str](), list[FileNote]()
+        self.folder.checkpoints.mend()
         found = self.folder.checkpoints.load_newest(damaged.append)
         if found is None and self.folder.checkpoints.steps():
             raise CheckpointError(f"{self.folder.path}: no checkpoint can be used: {damaged[0]}")
@@ -141,19 +143,23 @@ class Session:
             self.folder.rewind({})
         else:
             try:
-                self.load_state_dict(found[1])
+                notes = self.load_state_dict(found[1])
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
                 raise CheckpointError(
                     f"{self.folder.path}: the checkpoint belongs to another model or version ({error}); start anew"
                 ) from error
             self.folder.rewind(found[1]["marks"])
-            self.rescue.load_ring(found[1].get("ring", ()), self._new_board)
+            self.rescue.load_ring(found[1].get("ring", ()))
             self.prune()
             if "ring" not in found[1]:
                 self._remember(self._is_healthy())
         for message in damaged:
-            self.event("damaged_checkpoint", f"{message}; the one before was used", process=True)
+            self._say_damaged(message)
+        for note in notes:
+            self._note_file(note)
         self.event("resumed", f"goes on at step {self.step}", process=True)
+        self.persist(self.folder.flush)
+        self._resumed = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the run remembers, as tensors and plain values."""
@@ -166,70 +172,48 @@ class Session:
             "marks": self.persist(self.folder.mark),
             "readings": self.readings.state_dict(),
             "rescue": self.rescue.state_dict(),
+            "troubles": [list(trouble) for trouble in self._troubles],
+            "day": self._day,
             "board": self.board.state_dict(),
             **self._trained_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[FileNote]:
+        """Go on from `state`; returns what has become of the log since."""
         self._load_trained_state(state)
         self.board.load_state_dict(state["board"])
-        for note in self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row):
-            self._note_file(note)
+        notes = self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row)
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.first_time, self.last_time = state["first_time"], state["last_time"]
         self.readings.load_state_dict(state["readings"])
         self.rescue.load_state_dict(state["rescue"])
-
-    def _new_board(self) -> Scoreboard:
-        return Scoreboard(self.parts.schema, truth=self.parts.reader.encoder.truth)
+        self._troubles = [Trouble(*trouble) for trouble in state["troubles"]]
+        self._day = state["day"]
+        return notes
 
     def event(self, kind: str, message: str, **detail: Any) -> None:
         """Write an event down, and show it."""
         self.folder.event(self.step, kind, message, **detail)
-        if self.on_event is not None:
-            self.on_event(self.step, kind, message)
+        self.say(kind, message)
+
+    def say(self, kind: str, message: str) -> None:
+        """Show what is not written down."""
+        self.on_event(self.step, kind, message)
 
     def persist(self, write: Callable[[], T]) -> T:
         """Write; where the disk is full, wait for space."""
-        waited, pause = 0.0, 5.0
-        while True:
-            try:
-                return write()
-            except CheckpointError as error:
-                full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
-                if not full or waited >= self.parts.config.wait_for_disk_s or self.stop.is_set():
-                    raise
-                if not waited and self.on_event is not None:
-                    self.on_event(self.step, "disk_full", f"{error}; waiting for space")
-                waited += pause
-                self.stop.wait(pause)
+        return write_patiently(write, self.stop, self.parts.config.wait_for_disk_s, partial(self.say, "disk_full"))
 
     def _trained_state(self) -> dict[str, Any]:
         """Return what training has made, and where it stands in the log: what one returns to."""
-        generators = {"torch": torch.get_rng_state()}
-        if self.parts.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.parts.device)
         with self.rescue.damper.undamped():
-            optimizers = {name: optimizer.state_dict() for name, optimizer in self.parts.optimizers.items()}
-        return {
-            "rows": self.rows,
-            "cursor": self.cursor.state_dict(),
-            "reader": self.parts.reader.state_dict(),
-            "model": self.parts.model.state_dict(),
-            "optimizers": optimizers,
-            "generators": generators,
-            "instruments": {} if self.instruments is None else self.instruments.state_dict(),
-        }
+            parts = self.parts.state_dict()
+        instruments = {} if self.instruments is None else self.instruments.state_dict()
+        return {"rows": self.rows, "cursor": self.cursor.state_dict(), "instruments": instruments, **parts}
 
     def _load_trained_state(self, state: Mapping[str, Any]) -> None:
-        self.parts.model.load_state_dict(state["model"])
         with self.rescue.damper.undamped():
-            for name, optimizer in self.parts.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-        torch.set_rng_state(state["generators"]["torch"])
-        if "cuda" in state["generators"] and self.parts.device.type == "cuda":
-            torch.cuda.set_rng_state(state["generators"]["cuda"], self.parts.device)
+            self.parts.load_state_dict(state)
         self.cursor = Cursor(**state["cursor"])
         if self.instruments is not None:
             self.instruments.load_state_dict(state["instruments"])
@@ -300,32 +284,38 @@ class Session:
             yield batch
 
     def _end_day(self, batch: Batch, cursor: Cursor) -> None:
-        """Save a checkpoint where the window that begins with `batch` is the first of a new day."""
-        if not self.parts.config.days_kept or cursor.last_time is None:
+        """Save a checkpoint where the window that begins with `batch` is the first to begin in a new day."""
+        if not self.parts.config.days_kept or cursor.last_time is None or self.first_time is None:
             return
-        ended = cursor.last_time // DAY_US
-        if int(batch.time.min()) // DAY_US > ended:
+        day, before = int(batch.time.min()) // DAY_US, cursor.last_time // DAY_US
+        known = self.first_time // DAY_US if self._day is None else self._day
+        self._day = max(known, day)
+        if day > known:
             self.cursor = dataclasses.replace(cursor, batches=0, window_rows=0)
-            self.checkpoint(day=iso_day(ended))
+            self.parts.reader.left, left = 0, self.parts.reader.left  # as where the window ended: this one is met anew
+            self.checkpoint(day=iso_day(before if before < day else known))
+            self.parts.reader.left = left
 
     def _wait_for_files(self) -> bool:
         """Wait for new files at the end of the log; says whether there are some."""
-        config, waited = self.parts.config, 0.0
+        config = self.parts.config
         self.checkpoint("aside")
-        while True:
+        say = partial(self.say, "waiting", "the log is at its end; waiting for new files (Ctrl-C stops)")
+        found = wait_until(self._find_files, self.stop, config.follow_every_s, config.follow_idle_s, say)
+        self._mark = (time.perf_counter(), self.rows)
+        return found
+
+    def _find_files(self) -> bool:
+        """Take new files and report them; a folder that cannot be read just now is looked at again later."""
+        try:
             notes = self.parts.reader.refresh()
-            for note in notes:
-                self._note_file(note)
-            if any(note.kind == "new" for note in notes):
-                self._mark = (time.perf_counter(), self.rows)
-                return True
-            if config.follow_idle_s is not None and waited >= config.follow_idle_s:
-                return False
-            if not waited and self.on_event is not None:
-                self.on_event(self.step, "waiting", "the log is at its end; waiting for new files (Ctrl-C stops)")
-            waited += config.follow_every_s
-            if self.stop.wait(config.follow_every_s):
-                return False
+        except ConfigError as error:
+            self.say("waiting", f"{error}; looking again later")
+            return False
+        for note in notes:
+            self._note_file(note)
+        self.persist(self.folder.flush)
+        return any(note.kind == "new" for note in notes)
 
     def _note_file(self, note: FileNote) -> None:
         self.event("file", f"{note.kind} file {note.file}: {note.message}", process=True, file=note.file)
@@ -402,10 +392,9 @@ class Session:
 
     def _recover(self) -> None:
         """Take the next rung of the ladder where something is wrong."""
-        if self.instruments is not None:
-            self._troubles += self.instruments.take_troubles()
+        self._gather_troubles()
         troubles, self._troubles = self._troubles, []
-        action = self.rescue.decide(self.step, troubles, self._suspected(), self._can_go_back)
+        action = self.rescue.decide(self.step, troubles, self._suspected(), self.rescue.can_go_back)
         if action is None:
             return
         done = self.rescue.mode == "on"
@@ -424,6 +413,10 @@ class Session:
                 "learning rate, or change [recovery]"
             )
 
+    def _gather_troubles(self) -> None:
+        if self.instruments is not None:
+            self._troubles += self.instruments.take_troubles()
+
     def _damp(self, action: Action) -> None:
         self.event("damped", self.rescue.damper.begin(self.step, action.task), task=action.task)
 
@@ -441,46 +434,26 @@ class Session:
     def _remember(self, healthy: bool) -> None:
         """Keep the state as it is in memory, to return to."""
         if healthy and self.rescue.mode == "on":
-            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": self.board})
+            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": self.board.state_dict()})
             if refusal:
                 self.event("recovery", refusal)
-
-    def _can_go_back(self, since: int) -> bool:
-        """Say whether there is a state from well before step `since`."""
-        before = self._before(since)
-        return any(step < before for step in self.rescue.ring.steps) or bool(self._on_disk(before))
-
-    def _before(self, since: int) -> int:
-        """Return the step before which a state will do; that to which the run went back last always does."""
-        return max(since - self.parts.recovery.margin_steps, self.rescue.returned_at + 1)
-
-    def _on_disk(self, before: int) -> list[int]:
-        """Return the healthy checkpoints from before a step, of those that a resumed run has too."""
-        kept = self.folder.checkpoints
-        facts = {step: kept.facts(step) for step in kept.steps() if step < before}
-        return [step for step, of in facts.items() if of.get("kind") == "regular" and of.get("healthy")]
 
     def _go_back(self, action: Action) -> None:
         """Return to the newest state from before the trouble, and go on from there as the configuration says.
 
         Steps go on being counted; what the abandoned ones left in readings and events stays.
         """
-        before, here, rows = self._before(action.since), self.cursor, self.rows
-        found = self.rescue.ring.newest_before(before)
-        if found is None:
-            wanted = self._on_disk(before)
-            found = self.folder.checkpoints.load_newest(self._say_damaged, lambda step, _: step in wanted)
-        if found is None:
-            raise CheckpointError(f"{self.folder.path}: no whole checkpoint from before step {before} to return to")
-        then, state = found
+        here, rows = self.cursor, self.rows
+        then, state = self.rescue.find_earlier(action.since, self._say_damaged)
         instruments = None if self.instruments is None else self.instruments.go_back(state["instruments"])
         self._load_trained_state({**state, "instruments": instruments})
-        if isinstance(state["board"], Scoreboard):
-            self.board = state["board"]
-        else:
-            self.board.load_state_dict(state["board"])
+        self.board.load_state_dict(state["board"])
         reader = self.parts.reader
-        reader.load_state_dict({**state["reader"], "source": reader.source.state_dict()}, self.cursor.next_row)
+        state["reader"]["source"] = reader.source.state_dict()
+        for note in reader.load_state_dict(state["reader"], self.cursor.next_row):
+            self._note_file(note)
+        self._gather_troubles()
+        self._troubles.clear()  # they are answered
         self.rows = state["rows"]
         self.readings.in_a_row = 0
         self.event("returned", f"went back to the state of step {then}", then=then)

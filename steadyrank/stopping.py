@@ -1,12 +1,20 @@
-"""Ctrl-C and SIGTERM as a flag, so that no step is cut in two."""
+"""Ctrl-C and SIGTERM as a flag, so that no step is cut in two; and patience until the flag is set."""
 
+import errno
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
+from .errors import CheckpointError
+
+T = TypeVar("T")
+PAUSE_S = 5.0
+"""Seconds between two tries to write on a full disk."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE_S = 2.0
 """Seconds after the signal in which a run may still go on to a place where it stops without a trace."""
 
@@ -43,20 +51,76 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """Let the first Ctrl-C or SIGTERM set the flag; a second one ends the process as usual.
 
-    In another thread than the main one signals cannot be caught, and the flag stays unset.
+    Both are counted together. In another thread than the main one signals cannot be caught: the flag stays unset.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
+    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
     def handle(signum: int, frame: FrameType | None) -> None:
         stop.set(signum)
-        signal.signal(signum, before[signal.Signals(signum)])
+        put_back()
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in before:
+        signal.signal(signum, handle)
     try:
         yield stop
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        put_back()
+
+
+def write_patiently(write: Callable[[], T], stop: Stop, seconds: float, say: Callable[[str], None]) -> T:
+    """Write; where the disk is full, try again until there is space, it was too long, or the run is to stop.
+
+    Args:
+        write: Writes all or nothing.
+        stop: Ends the waiting.
+        seconds: How long to wait at most.
+        say: Called once, with what is waited for.
+
+    Raises:
+        CheckpointError: What `write` raised last.
+    """
+    waited = 0.0
+    while True:
+        try:
+            return write()
+        except CheckpointError as error:
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+            if not full or waited >= seconds or stop.is_set():
+                raise
+            if not waited:
+                say(f"{error}; waiting for space")
+            waited += PAUSE_S
+            stop.wait(PAUSE_S)
+
+
+def wait_until(
+    there: Callable[[], bool], stop: Stop, every_s: float, most_s: float | None, say: Callable[[], None]
+) -> bool:
+    """Look for something until it is there; says whether it is.
+
+    Args:
+        there: Says whether it is there.
+        stop: Ends the waiting.
+        every_s: Seconds between two looks.
+        most_s: Seconds to wait at most; None for ever.
+        say: Called once, when the waiting begins.
+    """
+    waited = 0.0
+    while not there():
+        if most_s is not None and waited >= most_s:
+            return False
+        if not waited:
+            say()
+        waited += every_s
+        if stop.wait(every_s):
+            return False
+    return True

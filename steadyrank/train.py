@@ -49,7 +49,8 @@ def train_step(
 ) -> Step:
     """Score a batch as serving would, then learn it, unless a loss or gradient is not finite (`guard.judge`).
 
-    A bad step leaves weights, the optimizers' states and the model's statistics (its buffers) as they were.
+    A bad step leaves weights, the optimizers' states and the model's running statistics (buffers of up to a million
+    numbers) as they were.
 
     Args:
         model: Maps a Batch to logits [B, K]. With a `forward_both(batch)` that returns (serving, training) logits, one
@@ -285,7 +286,7 @@ def fit(
     quarantine_rows: bool = False,
     scales_K: Float[Tensor, " tasks"] | None = None,
 ) -> Iterator[tuple[Batch, Step]]:
-    """Learn batches one by one, yielding each (where it lay) with its step's outcome.
+    """Learn batches one by one, yielding each (where it lay) with its step's outcome; options as in `train_step`.
 
     Example:
         >>> from steadyrank.schema import NumberFeature, Schema, Task

@@ -1,27 +1,38 @@
-"""Runs in processes of their own, killed anywhere, and what two runs left compared to the bit.
+"""Runs in processes of their own, killed anywhere or short of disk, and what two runs left compared to the bit.
 
 `python -m tests.faults` is a server: it imports everything once and forks a child for each run, so that a run costs a
 fork and not an import. It reads one job a line, as JSON, and answers with the child's status.
+
+A job is `toml`, `folder`, and perhaps: `overwrite`; `kill_at` (before that call of the writers), `seconds` and `signal`
+(sent after so many); `step_s` (how long a step takes), `signal_at` (a step, or "waiting") and `signals` (how many);
+`full_at` and `full_for` (from that write on so many fail); `feed` (files to copy, one each time that the run waits);
+`count` (write down how many calls and writes there were).
 """
 
+import atexit
+import errno
+import functools
 import importlib
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 
-from steadyrank import session
+from steadyrank import checkpoints, session, stopping
 from steadyrank.config import RunConfig
 from steadyrank.errors import SteadyRankError
 from steadyrank.runs import RunFolder
@@ -48,34 +59,133 @@ class Killer:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+class FullDisk:
+    """Lets some writes of this process fail as on a full disk, each after half of its bytes."""
+
+    def __init__(self, at: int, count: int) -> None:
+        self.at, self.count, self.writes = at, count, 0
+        self._save, self._open, self._fsync, self._mkdir = checkpoints.save_file, Path.open, os.fsync, Path.mkdir
+        checkpoints.save_file, Path.open = self.save_file, lambda path, *a, **k: self.open(path, *a, **k)  # type: ignore
+        os.fsync, Path.mkdir = self.fsync, lambda path, *a, **k: self.mkdir(path, *a, **k)  # type: ignore
+
+    def is_full(self) -> bool:
+        self.writes += 1
+        return self.at <= self.writes < self.at + self.count
+
+    def check(self) -> None:
+        if self.is_full():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open(self, path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = self._open(path, mode, *args, **options)
+        return HalfWriter(file, self) if set(mode) & set("wax+") else file
+
+    def fsync(self, handle: int) -> None:
+        self.check()
+        self._fsync(handle)
+
+    def mkdir(self, path: Path, *args: Any, **options: Any) -> None:
+        self.check()
+        self._mkdir(path, *args, **options)
+
+    def save_file(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if self.is_full():
+            path.write_bytes(b"\0" * 100)
+            raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+        self._save(tensors, path)
+
+
+class HalfWriter:
+    """A file whose writes the disk may refuse."""
+
+    def __init__(self, file: io.IOBase, disk: FullDisk) -> None:
+        self._file, self._disk = file, disk
+
+    def __enter__(self) -> "HalfWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: Any) -> int:
+        full = self._disk.is_full()
+        written = self._file.write(data[: len(data) // 2] if full else data)  # type: ignore[attr-defined]
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(written)
+
+
 def train_once(job: Mapping[str, Any]) -> int:
-    """Train, or resume; return the exit code: 0, or 2 with the message on stderr."""
+    """Train, or resume; return the exit code: 0, 2 with the message in FOLDER.error, or 130 when it was stopped."""
     config = RunConfig.from_toml(job["toml"])
     killer = Killer(job.get("kill_at", 0))
     path = Path(job["folder"])
-    resume = (path / "config.toml").exists()
+    resume = (path / "config.toml").exists() and not job.get("overwrite")
+    path.with_suffix(".error").unlink(missing_ok=True)
+    disk = FullDisk(job.get("full_at", 0), job.get("full_for", 0)) if "full_at" in job or "count" in job else None
     try:
         folder = RunFolder.open(path) if resume else RunFolder.create(path, overwrite=path.exists())
         if not resume:
             folder.write_config(config.to_toml())
+        slow_down(job.get("step_s", 0.0), job.get("signal_at"), job.get("signals", 1))
         if job.get("kill_at") or job.get("count"):
             sys.setprofile(killer)
         with folder:
-            run(config.build(resume=resume), folder, resume=resume)
+            parts = config.build(resume=resume)
+            summary = run(parts, folder, on_event=functools.partial(feed, job), resume=resume)
     except SteadyRankError as error:
-        print(error, file=sys.stderr)
+        path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
         return 2
     finally:
         sys.setprofile(None)
-    if job.get("count"):
-        (path.parent / "calls").write_text(str(killer.calls))
-    return 0
+    if job.get("count") and disk is not None:
+        path.with_suffix(".count").write_text(f"{killer.calls} {disk.writes}")
+    return 130 if summary["status"] == "interrupted" else 0
+
+
+def slow_down(step_s: float, signal_at: Any, signals: int) -> None:
+    """Make each step take so long, and signal this process right after one."""
+    fit = session.fit
+
+    def slow_fit(*args: Any, **options: Any) -> Iterator[Any]:
+        for step, outcome in enumerate(fit(*args, **options), start=1):
+            time.sleep(step_s)
+            if step == signal_at:
+                hit(signals)
+            yield outcome
+
+    if step_s or signal_at:
+        session.fit = slow_fit  # type: ignore[assignment]
+
+
+def hit(signals: int) -> None:
+    print("signalled", time.time(), flush=True, file=sys.stderr)
+    for i in range(signals):
+        os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[i % 2])
+
+
+def feed(job: Mapping[str, Any], step: int, kind: str, message: str) -> None:
+    """When the run waits for files, give it the next one."""
+    if kind != "waiting":
+        return
+    if job.get("signal_at") == "waiting":
+        hit(job.get("signals", 1))
+    for source, target in job.get("feed", ()):
+        if not Path(target).exists():
+            shutil.copyfile(source, f"{target}.part")
+            os.rename(f"{target}.part", target)
+            return
 
 
 def serve() -> None:
     """Fork a child for each job that comes in, kill it when its time is up, and answer with its status."""
     torch.set_num_threads(1)
-    importlib.import_module("torch._dynamo")  # which every child would else import for itself
+    stopping.PAUSE_S = 0.01
+    for module in ("torch._dynamo", "tensorboard.compat.proto.event_pb2", "torch.utils.tensorboard", "pyarrow.parquet"):
+        importlib.import_module(module)  # which every child would else import for itself
     # Drawing takes three times as long as such a run, and the report is made anew from what is compared here.
     session.write_report = lambda folder: folder.write_report("")  # type: ignore[assignment,return-value]
     for line in sys.stdin:
@@ -83,7 +193,11 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             os.close(0)
-            os._exit(train_once(job))
+            code = 1
+            try:
+                code = train_once(job)
+            finally:
+                os._exit(code)
         timer = threading.Timer(job.get("seconds", 120.0), os.kill, (child, job.get("signal", signal.SIGKILL)))
         timer.start()
         _, status = os.waitpid(child, 0)
@@ -92,9 +206,9 @@ def serve() -> None:
 
 
 class Server:
-    """The server, as a context."""
+    """The server; started once, and ended with the tests."""
 
-    def __enter__(self) -> "Server":
+    def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.faults"],
             stdin=subprocess.PIPE,
@@ -103,19 +217,13 @@ class Server:
             cwd=Path(__file__).resolve().parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        return self
+        atexit.register(self.close)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+    def close(self) -> None:
+        self.process.communicate()
 
     def run(self, config: RunConfig, folder: Path, **options: Any) -> int:
-        """Run a job; return 0, 2 for one of our errors, or minus the signal that killed it."""
+        """Run a job; return 0, 2 for one of our errors, 130 if it was stopped, or minus the signal that killed it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         job = {"toml": config.to_toml(), "folder": str(folder), **options}
@@ -123,21 +231,46 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def run_killed(self, config: RunConfig, folder: Path, draw: random.Random, calls: int, seconds: float) -> int:
+    def finish(self, config: RunConfig, folder: Path, **options: Any) -> RunFolder:
+        """Run a job to its end, and return its folder."""
+        code = self.run(config, folder, **options)
+        assert code == 0, f"{code}: {error_of(folder)}"
+        return RunFolder.open(folder)
+
+    def run_killed(
+        self, config: RunConfig, folder: Path, draw: random.Random, calls: int, seconds: float, **options: Any
+    ) -> int:
         """Run to the end with kills at random: at a call of the writers, or at a time; return how many hit."""
         kills = 0
         while True:
             if draw.random() < 0.5:
-                code = self.run(config, folder, kill_at=draw.randrange(1, calls))
+                code = self.run(config, folder, kill_at=draw.randrange(1, calls), **options)
             else:
-                code = self.run(config, folder, seconds=draw.uniform(0, seconds))
-            assert code in (0, -signal.SIGKILL), f"a resumed run failed with {code}"
+                code = self.run(config, folder, seconds=draw.uniform(0, seconds), **options)
+            assert code in (0, -signal.SIGKILL), f"a resumed run failed with {code}: {error_of(folder)}"
             if code == 0:
                 return kills
             kills += 1
             if draw.random() < 0.3:
-                assert self.run(config, folder) == 0
+                self.finish(config, folder, **options)
                 return kills
+
+
+@functools.cache
+def start_server() -> Server:
+    return Server()
+
+
+def error_of(folder: Path) -> str:
+    """Return our error, with which the last run there ended; "" for none."""
+    path = folder.with_suffix(".error")
+    return path.read_text() if path.exists() else ""
+
+
+def counts_of(folder: Path) -> tuple[int, int]:
+    """Return how many calls of the writers, and how many writes, a run with `count` made."""
+    calls, writes = folder.with_suffix(".count").read_text().split()
+    return int(calls), int(writes)
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -184,17 +317,15 @@ def left_by(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def assert_same(one: RunFolder, other: RunFolder) -> None:
-    """Check that two runs left the same, bit for bit."""
-    found = differences(left_by(one), left_by(other))
+def assert_same(one: RunFolder, other: RunFolder, ignore: Callable[[str], bool] = lambda where: False) -> None:
+    """Check that two runs left the same, bit for bit, but for the places to `ignore`."""
+    found = [where for where in differences(left_by(one), left_by(other)) if not ignore(where)]
     assert not found, "\n".join(found[:20])
 
 
-def timed(server: Server, config: RunConfig, folder: Path) -> float:
-    """Return the seconds that a whole run takes."""
-    start = time.perf_counter()
-    assert server.run(config, folder) == 0
-    return time.perf_counter() - start
+def kinds(folder: RunFolder) -> list[str]:
+    """Return the kinds of a run's events."""
+    return [event["kind"] for event in folder.events()]
 
 
 if __name__ == "__main__":

@@ -79,6 +79,23 @@ def test_the_example_of_the_instruments_page_runs(capsys: pytest.CaptureFixture[
     assert "60 steps, no warning" in capsys.readouterr().out
 
 
+def test_the_examples_of_the_survival_page_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "survival.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(snippets) == 2
+    torch.manual_seed(0)
+    for snippet in snippets:
+        exec(snippet, {"torch": torch, "where": tmp_path})
+    shape, rolled_back, loss = capsys.readouterr().out.splitlines()
+    assert shape == "100 torch.Size([2, 3])"
+    assert rolled_back.startswith("step 60: click: a loss of")
+    assert float(loss) < 0.01
+    tables = re.findall(r"```toml\n(.*?)```", page, re.S)
+    assert tables
+    for table in tables:
+        steadyrank.RecoveryConfig.model_validate(tomllib.loads(table)["recovery"])
+
+
 def test_the_instruments_page_names_every_period() -> None:
     page = (ROOT / "docs" / "instruments.md").read_text()
     for name, field in steadyrank.WatchConfig.model_fields.items():
@@ -100,7 +117,7 @@ def test_the_optimizers_page_names_every_option_and_rule() -> None:
         "README.md",
         "CONTRIBUTING.md",
         "recipes/README.md",
-        *(f"docs/{p}" for p in ("data.md", "instruments.md", "log.md", "optimizers.md")),
+        *(f"docs/{p}" for p in ("data.md", "instruments.md", "log.md", "optimizers.md", "survival.md")),
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:
@@ -113,7 +130,7 @@ def test_the_commands_of_the_pages_exist() -> None:
     from steadyrank.cli import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
-    pages = ("README.md", "docs/data.md", "docs/instruments.md", "recipes/README.md")
+    pages = ("README.md", "docs/data.md", "docs/instruments.md", "docs/survival.md", "recipes/README.md")
     text = "".join((ROOT / page).read_text() for page in pages)
     used = set(re.findall(r"^steadyrank (\w+)", text, re.M)) | set(re.findall(r"`steadyrank (\w+)", text))
     assert used <= known

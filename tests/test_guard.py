@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from steadyrank.optim.configs import OPTIMIZERS
 from steadyrank.schema import Batch, Task
 from steadyrank.train import Readings, train_step
 
+training = import_module("steadyrank.train")
+guarding = import_module("steadyrank.guard")  # `steadyrank.guard` itself is the function
 TASKS = [Task(kind="binary"), Task(kind="regression", loss="huber")]
 SETTINGS: dict[str, dict[str, Any]] = {"lamb_adagrad": {"lr": 0.01}}
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -115,8 +118,8 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> set[str]:
 @contextmanager
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        for room in ("train", "guard"):
-            patch.setattr(f"steadyrank.{room}.may_ask", lambda device: False)
+        for room in (training, guarding):
+            patch.setattr(room, "may_ask", lambda device: False)
         yield
 
 
@@ -333,6 +336,58 @@ def test_statistics_are_as_before_and_watched_themselves(monkeypatch: pytest.Mon
     assert str(readings.first_bad) == "step 2: not finite: running statistics of the model"
     assert differing(before, snapshot(model, optimizers)) == set()
     assert model.norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["asked", "selected"])
+def test_buffers_that_are_infinite_on_purpose_are_no_reason_to_refuse(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizers = build(by_name("sgd"), sparse=False)
+    model.register_buffer("mask", torch.full((3,), -torch.inf))
+    model.register_buffer("least", torch.tensor([torch.inf, torch.inf]))  # a running minimum starts there
+    model.register_buffer("seen", torch.zeros(2))
+    model.register_buffer("constant", torch.zeros(guarding.LARGE_BUFFER + 1))
+
+    def look(module: nn.Module, args: tuple[Batch]) -> None:
+        if module.training:
+            module.least = torch.minimum(module.least, torch.tensor([1.0, torch.inf]))  # in place of the old one
+            module.seen += args[0].numbers[0]
+
+    model.register_forward_pre_hook(look)
+    with as_on_a_gpu(monkeypatch) if gpu else monkeypatch.context():
+        assert bool(train_step(model, optimizers, draw(0), TASKS).verdict.ok)
+        assert model.least.tolist() == [1.0, torch.inf]
+        before = snapshot(model, optimizers)
+        for column, bad in ((0, torch.inf), (1, torch.nan)):
+            batch = draw(1)
+            batch.numbers[0, column] = bad
+            assert not bool(train_step(model, optimizers, batch, TASKS).verdict.ok)
+            assert differing(before, snapshot(model, optimizers)) == set()
+
+
+def test_judged_on_a_device_it_is_the_same_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float32]
+    parameters = [nn.Parameter(torch.zeros(size, dtype=d)) for size, d in zip((3, 2, 2, 4, 0), dtypes, strict=True)]
+    values = [1.0, -2.0, torch.nan, torch.inf, 2e13, -3e38, 6e4]
+    dice = random.Random(0)
+    for _ in range(40):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            if parameter.numel() and dice.random() < 0.4:
+                parameter.grad[-1] = dice.choice(values)
+        losses = torch.tensor([1.0, dice.choice([1.0, 3e38, torch.nan, -torch.inf])])
+        now = dice.choice([1.0, torch.nan])
+        statistics = [
+            (torch.tensor([now]), torch.ones(1)),
+            (torch.tensor([torch.inf]).double(), torch.tensor([torch.inf])),
+        ]
+        here = judge(parameters, losses, None, statistics)
+        with as_on_a_gpu(monkeypatch):
+            there = judge(parameters, losses, None, statistics)
+        for name in ("ok", "bad_tasks", "bad_parameters", "largest", "bad_statistics"):
+            assert torch.equal(getattr(here, name), getattr(there, name)), name
+    for empty in (judge([], torch.ones(0)), judge([], torch.ones(2))):
+        assert bool(empty.ok)
 
 
 def test_readings_count_bad_steps_in_a_row_and_go_on_from_saved_counts() -> None:

@@ -112,3 +112,19 @@ def test_auto_is_resolved_by_kind() -> None:
 def test_as_many_tasks_as_columns() -> None:
     with pytest.raises(ConfigError, match="2 tasks for logits of 3 columns"):
         multitask_loss(*draw(4, 3, 0), (CLICK, WATCH))
+
+
+def test_scales_damp_the_total_alone_and_a_task_of_scale_0_gets_no_gradient() -> None:
+    logits, labels, weights = draw(12, len(MIXED), 4)
+    logits.requires_grad_()
+    scales = torch.tensor([1.0, 0.5, 0.0, 1.0, 0.25, 1.0], dtype=torch.float64)
+    plain = multitask_loss(logits, labels, weights, MIXED)
+    damped = multitask_loss(logits, labels, weights, MIXED, scales)
+    assert torch.equal(damped.parts, plain.parts)
+    wanted = sum(s * t.loss_weight * part for s, t, part in zip(scales, MIXED, plain.parts, strict=True))
+    torch.testing.assert_close(damped.total, wanted, rtol=1e-12, atol=1e-12)
+    (whole,) = torch.autograd.grad(plain.total, logits, retain_graph=True)
+    (got,) = torch.autograd.grad(damped.total, logits)
+    torch.testing.assert_close(got, whole * scales, rtol=1e-12, atol=1e-12)
+    ones = multitask_loss(logits, labels, weights, MIXED, torch.ones_like(scales))
+    assert torch.equal(ones.total, plain.total)

@@ -118,6 +118,9 @@ def open_file(folder: Folder, name: str, time: str) -> LogFile:
             if len(tail) < length <= size:
                 tail = _tail(stream, size, length)
         footer = pq.read_metadata(pa.BufferReader(tail))
+        counts = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+        if sum(counts) != footer.num_rows or min(counts, default=0) < 0:
+            raise ValueError(f"{footer.num_rows:,} rows in all, but {sum(counts):,} in its row groups")
         schema = footer.schema.to_arrow_schema().remove_metadata()  # a spoiled name shows here
         first, last = _time_span(footer, time, size) or (None, None)
     # Sizes, offsets, statistics and the last values: the whole file need not be read to tell it from others.
@@ -209,17 +212,15 @@ def _check_column(footer: pq.FileMetaData, column: str, size: int) -> None:
     """Raise Arrow's error where the footer tells nonsense about a column.
 
     Asked for its statistics, Arrow would not raise but end the process. Asked for its values, it looks at the same
-    bytes of the footer first, and raises.
+    parts of the footer, raises where one is bad, and only then reads (with `pre_buffer`, all row groups beforehand).
     """
     file = _Unread(size)
-    reader = pq.ParquetFile(pa.PythonFile(file, "r"), metadata=footer)
-    for group in range(footer.num_row_groups):
-        file.was_read = False
-        try:
-            next(reader.iter_batches(1, row_groups=[group], columns=[column], use_threads=False), None)
-        except (pa.ArrowException, OSError):
-            if not file.was_read:
-                raise
+    reader = pq.ParquetFile(pa.PythonFile(file, "r"), metadata=footer, pre_buffer=True)
+    try:
+        next(reader.iter_batches(1, columns=[column], use_threads=False), None)
+    except (pa.ArrowException, OSError):
+        if not file.was_read:
+            raise
 
 
 def _time_span(footer: pq.FileMetaData, time: str, size: int) -> tuple[int | float, int | float] | None:
@@ -231,7 +232,10 @@ def _time_span(footer: pq.FileMetaData, time: str, size: int) -> tuple[int | flo
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     times: list[int | float] = []
     for group in (group for group in groups if group.num_rows):
-        found = group.column(index).statistics
+        chunk = group.column(index)
+        if chunk.physical_type != footer.schema.column(index).physical_type:  # this ends the process, too
+            raise ValueError(f"column '{time}' is {chunk.physical_type} in a row group only")
+        found = chunk.statistics
         if found is None or not found.has_min_max:
             return None
         # Raw, as the next file may hold another unit, and `min` needs pandas for nanoseconds.

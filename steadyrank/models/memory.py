@@ -28,7 +28,7 @@ UNIT_BYTES = 8
 class Layer(NamedTuple):
     """So many alike linear layers; `vectors` are the parameters of each unit besides: bias, LayerNorm."""
 
-    count: int
+    copies: int
     width_in: int
     width_out: int
     vectors: int = 1
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     @property
     def weights(self) -> int:
         """Number of parameters."""
-        return self.count * self.width_out * (self.width_in + self.vectors)
+        return self.copies * self.width_out * (self.width_in + self.vectors)
 
 
 def list_layers(schema: Schema, config: ModelConfig) -> dict[str, list[Layer]]:
@@ -44,8 +44,8 @@ def list_layers(schema: Schema, config: ModelConfig) -> dict[str, list[Layer]]:
 
     >>> schema = Schema(features={"item": {"kind": "id", "rows": 50}}, tasks={"click": {"kind": "binary"}})
     >>> list_layers(schema, ModelConfig(trunk={"kind": "shared_bottom", "widths": [8]}))
-    {'cross': [], 'trunk': [Layer(count=1, width_in=16, width_out=8, vectors=1)],
-     'tower': [Layer(count=1, width_in=8, width_out=1, vectors=1)]}
+    {'cross': [], 'trunk': [Layer(copies=1, width_in=16, width_out=8, vectors=1)],
+     'tower': [Layer(copies=1, width_in=8, width_out=1, vectors=1)]}
     """
     width, tasks = _input_width(schema), len(schema.tasks)
     trunk = list(_trunk(width, config, tasks))
@@ -103,13 +103,13 @@ def _needs(schema: Schema, config: ModelConfig, window_rows: int, batch_rows: in
         yield size, what, "give it fewer rows"
     parts = list_layers(schema, config)
     for part, layers in parts.items():
-        weights, count = sum(layer.weights for layer in layers), sum(layer.count for layer in layers)
+        weights, count = sum(layer.weights for layer in layers), sum(layer.copies for layer in layers)
         what = f"model.{part}: {weights:,} weights x {DENSE_BYTES} bytes + {count:,} layers x {LAYER_BYTES:,}"
         yield weights * DENSE_BYTES + count * LAYER_BYTES, what, "make its layers fewer or narrower"
     columns = len(schema.features) + 2 * tasks
     what = f"a window: {window_rows:,} rows x {columns} columns x {COLUMN_BYTES} bytes"
     yield window_rows * columns * COLUMN_BYTES, what, "make reader.window_rows smaller"
-    units = _input_width(schema) + sum(layer.count * layer.width_out for layers in parts.values() for layer in layers)
+    units = _input_width(schema) + sum(layer.copies * layer.width_out for layers in parts.values() for layer in layers)
     what = f"a batch: {batch_rows:,} rows x {units:,} units x {UNIT_BYTES} bytes"
     yield batch_rows * units * UNIT_BYTES, what, "make reader.batch_size smaller"
 

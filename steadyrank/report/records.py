@@ -29,7 +29,7 @@ def shorten_name(name: str, longest: int = LONGEST) -> str:
     """
     if len(name) > longest:
         name = f"{name[: longest // 2]}…{name[1 - longest // 2 :]}"
-    return visible(name.encode(errors="backslashreplace").decode())
+    return visible(name)
 
 
 def _plain(value: Any, longest: int = LONGEST_TEXT) -> Any:
@@ -133,7 +133,8 @@ def read_summary(folder: RunFolder) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged, or a value has another type than the one that a run writes.
     """
-    return _check(_SUMMARY, folder.summary() or {}, folder.path / "summary.json")
+    found: dict[str, Any] = _check(_SUMMARY, folder.summary() or {}, folder.path / "summary.json")
+    return found
 
 
 def read_events(folder: RunFolder) -> list[dict[str, Any]]:
