@@ -138,8 +138,8 @@ def page(found: list[tuple[int, float, int, float, float]]) -> str:
             "# Does an endless run grow?",
             "",
             f"`python benchmarks/soak.py --steps {found[-1][0]}`, steadyrank {steadyrank.__version__}, torch "
-            f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread. `train --follow` "
-            "over files that come and go, instruments and recovery on, readings bounded at 20 MB a table.",
+            f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread. "
+            "`train --follow` over files that come and go, instruments and recovery on, readings bounded at 20 MB.",
             "",
             "| step | memory, MB | Python objects | run folder, MB | microseconds a step |",
             "|---|---|---|---|---|",

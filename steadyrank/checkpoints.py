@@ -122,9 +122,10 @@ class Checkpoints:
         try:
             tensors = load_file(folder / _TENSORS)
             state = _from_plain(read_object(folder / _STATE), tensors)
+            if not isinstance(state, dict):
+                raise TypeError(f"a dict was expected, not a {type(state).__name__}")
         except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}; {others}") from error
-        assert isinstance(state, dict)
         return state
 
     def load_newest(
@@ -211,7 +212,7 @@ def _verify(path: Path, facts: Any, others: str) -> None:
     expected = facts if isinstance(facts, dict) else {}
     try:
         size = path.stat().st_size
-        if size != expected.get("bytes"):
+        if not path.is_file() or size != expected.get("bytes"):  # from a pipe one would read for ever
             raise CheckpointError(
                 f"{path} is damaged: {expected.get('bytes')} bytes were saved, it has {size}; {others}"
             )

@@ -11,6 +11,7 @@ from .config import RunConfig, load, open_source, trained
 from .config import demo as demo_config
 from .console import (
     bar,
+    complain,
     errors,
     print_cause,
     print_columns,
@@ -209,7 +210,7 @@ def main() -> None:
     try:
         app()
     except SteadyRankError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(error)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("stopped")

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
 from .errors import CheckpointError, ConfigError, near_path, nearest
+from .models.memory import check_memory
 from .models.ranker import ModelConfig, Ranker
 from .monitors.watch import WatchConfig
 from .optim import (
@@ -32,6 +33,9 @@ from .sequential import Parts, TrainConfig, find_device
 from .settings import Settings
 from .trackers import TrackersConfig
 
+_MOST_LETTERS = 1 << 20
+"""Of a configuration; one of a thousand features has a tenth."""
+_MOST_ERRORS = 20
 DataConfig = Annotated[LogsConfig | StreamConfig, Field(discriminator="source")]
 
 
@@ -56,8 +60,8 @@ class OptimizersConfig(Settings):
 class RunConfig(Settings):
     """All that a run needs, apart from the log itself."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the run and its folder: letters, digits, dot, dash and underscore."""
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Names the run and its folder: letters, digits, dot, dash and underscore, up to 100."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides the initial weights and the shuffle; the same seed gives the same run on CPU, bit for bit."""
     data: DataConfig
@@ -115,10 +119,19 @@ class RunConfig(Settings):
         reader = self.reader
         if self.train.follow:  # so that it does not matter when a file came
             reader = reader.model_copy(update={"window_per_file": True})
-        return Reader(source or self.source(), self.schema_, reader, self.seed)
+        made = Reader(source or self.source(), self.schema_, reader, self.seed)
+        window_rows = min(reader.window_rows, made.rows) if reader.window_hours is None else 0
+        batch_rows = min(reader.batch_size, window_rows)
+        check_memory(self.schema_, self.model, window_rows=window_rows, batch_rows=batch_rows)
+        return made
 
     def build_model(self) -> Ranker:
-        """Make the model, its weights decided by the seed."""
+        """Make the model, its weights decided by the seed.
+
+        Raises:
+            ConfigError: This machine has no memory for it.
+        """
+        check_memory(self.schema_, self.model)
         return Ranker(self.schema_, self.model, torch.Generator().manual_seed(self.seed))
 
     def build_optimizers(self, model: Ranker) -> dict[str, torch.optim.Optimizer]:
@@ -181,8 +194,10 @@ class RunConfig(Settings):
             ConfigError: Not TOML, an unknown key (with its path and the nearest name), or a value out of range.
         """
         try:
+            if len(text) > _MOST_LETTERS:
+                raise ValueError(f"it has {len(text):,} letters, and at most {_MOST_LETTERS:,} are read")
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # of a number of 10,000 digits, of a thousand nested lists, too
             raise ConfigError(f"{where}: not TOML: {error}") from error
         for override in overrides:
             _override(data, override)
@@ -200,7 +215,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:  # a pipe, perhaps
+            text = file.read(_MOST_LETTERS + 1)
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file '{path}'{near_path(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -231,7 +247,7 @@ def trained(run: str | Path) -> tuple[RunConfig, Ranker]:
     state = folder.checkpoints.load()
     try:
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder.path}: the checkpoint does not fit its own config.toml: {error}") from error
     return config, model.eval()
 
@@ -250,7 +266,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set '{override}': expected part.field=value, such as optimizer.dense.lr=0.2")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value
     for key in keys[:-1]:
         data = data.setdefault(key, {})
@@ -264,7 +280,9 @@ def _explain(error: ValidationError, data: Mapping[str, Any], where: str) -> str
     details = error.errors()
     if any(detail["loc"][:1] == ("data",) for detail in details):  # a stream that is wrong cannot bring its schema
         details = [detail for detail in details if detail["loc"] != ("schema",)]
-    lines = [_explain_one(detail, data) for detail in details]
+    lines = [_explain_one(detail, data) for detail in details[:_MOST_ERRORS]]
+    if len(details) > _MOST_ERRORS:
+        lines.append(f"and {len(details) - _MOST_ERRORS} more")
     return "\n".join([f"{where}: {lines[0]}", *lines[1:]])
 
 
@@ -274,7 +292,7 @@ def _explain_one(detail: ErrorDetails, data: Any) -> str:
     for i, part in enumerate(loc):
         if isinstance(place, Mapping) and part not in place and i < len(loc) - 1:
             continue  # the tag of a union, which the TOML does not spell out
-        path.append(str(part))
+        path.append(_shorten(str(part)))
         place = place.get(part) if isinstance(place, Mapping) else None
     name = ".".join(path) or "the whole"
     kind, given = detail["type"], detail["input"]
@@ -292,8 +310,12 @@ def _explain_one(detail: ErrorDetails, data: Any) -> str:
     if kind == "union_tag_not_found":
         return f"'{name}': add {detail['ctx']['discriminator']}, which says what it is"
     message = detail["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, Mapping | Settings) else f", found {given!r}"
+    shown = "" if isinstance(given, Mapping | Settings) else f", found {_shorten(repr(given))}"
     return f"'{name}': {message[0].lower()}{message[1:]}{shown}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def _fields_at(annotation: Any, loc: Sequence[str | int]) -> list[str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .errors import visible
 from .evaluate import Metrics
 from .metrics import share_attainable
 from .monitors.cause import Cause
@@ -25,9 +26,19 @@ _FEW_POSITIVES = 1_000
 _FEATURES, _COLUMNS = 5, 5
 
 
+def escape(text: str) -> str:
+    """Return a text, perhaps a name of the log, in which neither rich nor the terminal finds an order."""
+    return escape_markup(visible(text))
+
+
 def say(text: str) -> None:
     """Print a line as it is: paths and commands must survive copying."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(error: Exception) -> None:
+    """Print an error."""
+    errors.print(f"error: {visible(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def say_event(step: int, kind: str, message: str) -> None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .files import append_lines, read_lines, writing
+from .files import append_lines, read_lines, refuse_link, writing
 
 Mark = list[list[int]]
 """Part and length in bytes, of each part."""
@@ -79,6 +79,7 @@ class Journal:
                 if part not in lengths:
                     path.unlink()
                 elif path.stat().st_size > lengths[part]:
+                    refuse_link(path)
                     os.truncate(path, lengths[part])
         self._last = None
 

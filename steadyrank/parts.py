@@ -23,7 +23,7 @@ class TrainConfig(Settings):
 
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads of torch; its own choice when left out. With other work on the machine fewer are much faster."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two readings; they cross to the host together."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoints import Checkpoints
 from .config import RunConfig
 from .data.logs import Cursor
 from .data.rows import find_rows
@@ -19,6 +20,7 @@ from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
 from .monitors.unusual import Reference
 from .parts import Parts
+from .report.records import read_causes
 from .rescue import Rescue
 from .runs import RunFolder
 from .schema import Batch
@@ -89,7 +91,7 @@ def replay(run: str | Path, step: int, on_progress: Callable[[int, int], None] |
     parts = config.build(resume=True)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    walk = _Walk(parts, step)
+    walk = _Walk(parts, step, folder.checkpoints)
     start = walk.start(folder)
     ends = {int(each): i for i, each in enumerate(recorded["step"]) if each > start}
     stop = min((end for end in ends if end >= step), default=step)
@@ -102,7 +104,7 @@ def replay(run: str | Path, step: int, on_progress: Callable[[int, int], None] |
             if column is not None:
                 compared += 1
                 difference = max(difference, _differ(row[f"loss/{name}"], float(column[ends[now]])))
-    before = next((cause for cause in folder.causes() if cause["step"] == step), {})
+    before = next((cause for cause in read_causes(folder) if cause["step"] == step), {})
     found = Replayed(walk.find_cause(str(before.get("why", "asked for"))), start, compared, difference)
     facts = {"start": start, "exact": found.exact, "compared": compared, "difference": difference, "words": str(found)}
     folder.write_cause(step, {**before, **found.cause.as_dict(), "replayed": facts})
@@ -112,11 +114,11 @@ def replay(run: str | Path, step: int, on_progress: Callable[[int, int], None] |
 class _Walk:
     """The way to a step, and what is kept of it."""
 
-    def __init__(self, parts: Parts, step: int) -> None:
+    def __init__(self, parts: Parts, step: int, kept: Checkpoints) -> None:
         self.parts, self.step = parts, step
         self.reference = Reference()
         self._cursor = Cursor()
-        self._rescue = Rescue(parts.recovery, parts.optimizers, list(parts.schema.tasks), parts.device)
+        self._rescue = Rescue(parts.recovery, parts.optimizers, list(parts.schema.tasks), parts.device, kept)
         self._damped: dict[int, str] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         self._batch: Batch | None = None

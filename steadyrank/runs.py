@@ -32,7 +32,7 @@ from jaxtyping import Shaped
 
 from .checkpoints import Checkpoints
 from .errors import CheckpointError, ConfigError
-from .files import decode, read_lines, read_object, read_text, replace, to_json, writing
+from .files import decode, read_lines, read_object, read_text, refuse_link, replace, to_json, writing
 from .journal import Journal, Mark
 
 FORMAT = 3
@@ -49,6 +49,10 @@ _CAUSES = "causes"
 _TENSORBOARD = "tensorboard"
 _REPORT = "report.html"
 _LOCK = ".lock"
+_MOST_EMPTY = 64
+"""Cells of a table of readings for each value that it holds; a run's have one to ten."""
+_BEGUN = frozenset({_LOCK, f".{_ENVIRONMENT}.tmp"})
+"""What a folder may hold and still be empty: a run was killed before it had made it."""
 # The environment comes last: a folder stays a run folder, which overwrite may delete, until all else is gone.
 _OWN = (_CONFIG, _READINGS, _SUMMARY, _CHECKPOINTS, _CAUSES, _REPORT, _TENSORBOARD, _ENVIRONMENT)
 
@@ -87,16 +91,18 @@ class RunFolder:
         """
         run = cls(path)
         with writing(run.path, ConfigError, "choose another --out"):
-            if run.path.is_dir() and any(run.path.iterdir()):
+            if run.path.is_dir() and any(path.name not in _BEGUN for path in run.path.iterdir()):
                 run._clear(overwrite)
             new = next((p for p in (*reversed(run.path.parents), run.path) if not p.exists()), None)
             try:
-                (run.path / _READINGS).mkdir(parents=True)
-                (run.path / _CHECKPOINTS).mkdir()
+                run.path.mkdir(parents=True, exist_ok=True)
                 replace(run.path / _ENVIRONMENT, to_json(_environment()))
+                for name in (_READINGS, _CHECKPOINTS):
+                    (run.path / name).mkdir()
             except OSError:
-                for path in [new] if new else [run.path / _READINGS, run.path / _CHECKPOINTS]:
-                    shutil.rmtree(path, ignore_errors=True)
+                for path in [new] if new else [run.path / name for name in (_READINGS, _CHECKPOINTS, _ENVIRONMENT)]:
+                    with suppress(OSError):
+                        _delete(path)
                 raise
         return run
 
@@ -109,6 +115,8 @@ class RunFolder:
         """
         run = cls(path)
         _check_format(run.path / _ENVIRONMENT, run.environment())
+        for name in (_READINGS, _CHECKPOINTS, _CAUSES, _TENSORBOARD):
+            refuse_link(run.path / name)
         return run
 
     def __enter__(self) -> "RunFolder":
@@ -163,6 +171,7 @@ class RunFolder:
             ConfigError: Another process does.
         """
         lock = FileLock(self.path / _LOCK)
+        refuse_link(self.path / _LOCK)
         with writing(self.path / _LOCK), suppress(NotImplementedError):  # a file system without locks
             try:
                 lock.acquire(timeout=0)
@@ -180,17 +189,18 @@ class RunFolder:
         """Return a table's columns: "step" (int64), "time" (when written, seconds since 1970) and each name.
 
         NaN stands where a row lacks a name. A table that was never written has no rows; a torn last line is left out.
+
+        Raises:
+            CheckpointError: A line is none that a run writes.
         """
         self.flush()
-        rows = _name_values(self._table(table).rows())
-        kinds = (("step", np.int64), ("time", np.float64))
-        columns: dict[str, np.ndarray] = {key: np.array([row[key] for row in rows], dtype=kind) for key, kind in kinds}
-        for i, row in enumerate(rows):
-            for name, value in row["values"].items():
-                if name not in columns:
-                    columns[name] = np.full(len(rows), np.nan)
-                columns[name][i] = float(value)
-        return columns
+        try:
+            return _columns(self._table(table).rows())
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.path}: the table of readings '{table}' is damaged: {type(error).__name__}: {error}; delete "
+                f"{_READINGS}/{table}.jsonl to read the others"
+            ) from error
 
     def mark(self) -> dict[str, Mark]:
         """Bring everything to the disk itself, and return how far readings and events go, for `rewind`."""
@@ -257,7 +267,7 @@ class RunFolder:
     def causes(self) -> list[dict[str, Any]]:
         """Return the cause reports in the order of their steps."""
         found = [decode(read_object(path)) for path in (self.path / _CAUSES).glob("step_*.json")]
-        return sorted(found, key=lambda cause: int(cause["step"]))
+        return sorted(found, key=lambda cause: cause["step"] if isinstance(cause.get("step"), int) else 0)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: how the run ended."""
@@ -323,16 +333,31 @@ def next_folder(name: str, parent: str | Path = "runs") -> Path:
     return next(path for n in itertools.count(1) if not (path := Path(parent) / f"{name}-{n}").exists())
 
 
-def _name_values(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a table of readings, each with its values by name."""
-    rows, names = [], []
-    for row in lines:
-        if "names" in row:
-            names = row["names"]
-        else:
-            values = row["values"]
-            rows.append(row if isinstance(values, dict) else {**row, "values": dict(zip(names, values, strict=True))})
-    return rows
+def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return a table of readings by column; a line of names stands before the rows that it is for."""
+    rows: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
+    names: list[str] = []
+    for line in lines:
+        if "names" in line:
+            names = line["names"]
+            continue
+        given = line["values"]
+        rows.append(line)
+        values.append(given if isinstance(given, dict) else dict(zip(names, given, strict=True)))
+    kinds = (("step", np.int64), ("time", np.float64))
+    columns: dict[str, np.ndarray] = {key: np.array([row[key] for row in rows], dtype=kind) for key, kind in kinds}
+    known = dict.fromkeys(name for row in values for name in row)
+    if strange := [name for name in known if not isinstance(name, str) or name in columns]:
+        raise ValueError(f"{strange[0]!r} is no name of a reading")
+    held = sum(map(len, values))
+    if len(known) * len(rows) > max(_MOST_EMPTY * held, 1_000_000):  # a small file could else ask for any memory
+        raise ValueError(f"{len(known)} names in {len(rows)} rows, but {held} values")
+    columns |= {name: np.full(len(rows), np.nan) for name in known}
+    for i, row in enumerate(values):
+        for name, value in row.items():
+            columns[name][i] = float(value)
+    return columns
 
 
 def _check_format(path: Path, facts: Mapping[str, Any]) -> None:

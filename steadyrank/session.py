@@ -1,6 +1,5 @@
 """The state of a run, from its first step to its last: everything that a resume needs is in `state_dict`."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -291,7 +290,6 @@ class Session:
         known = self.first_time // DAY_US if self._day is None else self._day
         self._day = max(known, day)
         if day > known:
-            self.cursor = dataclasses.replace(cursor, batches=0, window_rows=0)
             self.parts.reader.left, left = 0, self.parts.reader.left  # as where the window ended: this one is met anew
             self.checkpoint(day=iso_day(before if before < day else known))
             self.parts.reader.left = left

@@ -3,10 +3,12 @@
 `python -m tests.faults` is a server: it imports everything once and forks a child for each run, so that a run costs a
 fork and not an import. It reads one job a line, as JSON, and answers with the child's status.
 
-A job is `toml`, `folder`, and perhaps: `overwrite`; `kill_at` (before that call of the writers), `seconds` and `signal`
-(sent after so many); `step_s` (how long a step takes), `signal_at` (a step, or "waiting") and `signals` (how many);
-`full_at` and `full_for` (from that write on so many fail); `feed` (files to copy, one each time that the run waits);
-`count` (write down how many calls and writes there were).
+A job is `toml`, `folder`, and perhaps
+- `overwrite`, or `report`, which it draws then; `count`: it writes down how many calls and writes there were
+- `kill_at` (before that call of the writers), `kill_at_step`, `kill_at_wait`; `seconds`, after which `signal` is sent
+- `signal_at` (a step, "waiting" or "checkpoint") and `signals` (how many), `patience_s`; `step_s`: how long one takes
+- `full_at` and `full_for`: from that write on so many fail
+- `feed`: files to copy when the run waits, up to the next one of a day; `hide`: a folder that is away meanwhile
 """
 
 import atexit
@@ -21,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +40,8 @@ from steadyrank.config import RunConfig
 from steadyrank.errors import SteadyRankError
 from steadyrank.runs import RunFolder
 from steadyrank.sequential import run
+
+from .tiny import tiny
 
 WRITERS = ("files.py", "checkpoints.py", "journal.py", "runs.py")
 """The modules that write: a kill before the n-th call that they make into C hits every place between two writes."""
@@ -126,18 +131,21 @@ def train_once(job: Mapping[str, Any]) -> int:
     resume = (path / "config.toml").exists() and not job.get("overwrite")
     path.with_suffix(".error").unlink(missing_ok=True)
     disk = FullDisk(job.get("full_at", 0), job.get("full_for", 0)) if "full_at" in job or "count" in job else None
+    if not job.get("report"):  # drawing takes three times as long as such a run
+        session.write_report = lambda folder: folder.write_report("")  # type: ignore[assignment,return-value]
     try:
         folder = RunFolder.open(path) if resume else RunFolder.create(path, overwrite=path.exists())
         if not resume:
             folder.write_config(config.to_toml())
-        slow_down(job.get("step_s", 0.0), job.get("signal_at"), job.get("signals", 1))
+        hook_in(job)
         if job.get("kill_at") or job.get("count"):
             sys.setprofile(killer)
         with folder:
             parts = config.build(resume=resume)
             summary = run(parts, folder, on_event=functools.partial(feed, job), resume=resume)
     except SteadyRankError as error:
-        path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+        with open(path.with_suffix(".error"), "w") as file:  # not a `Path.open`, which the disk may refuse
+            file.write(f"{type(error).__name__}: {error}")
         return 2
     finally:
         sys.setprofile(None)
@@ -146,24 +154,35 @@ def train_once(job: Mapping[str, Any]) -> int:
     return 130 if summary["status"] == "interrupted" else 0
 
 
-def slow_down(step_s: float, signal_at: Any, signals: int) -> None:
-    """Make each step take so long, and signal this process right after one."""
-    fit = session.fit
+def hook_in(job: Mapping[str, Any]) -> None:
+    """Put what is to happen in the steps, or at a checkpoint, into this process."""
+    signal_at = job.get("signal_at")
+    if not {"signal_at", "step_s", "kill_at_step"} & job.keys():
+        return
+    fit, save = session.fit, checkpoints.Checkpoints.save
+    stopping.PATIENCE_S = job.get("patience_s", stopping.PATIENCE_S)
 
-    def slow_fit(*args: Any, **options: Any) -> Iterator[Any]:
-        for step, outcome in enumerate(fit(*args, **options), start=1):
-            time.sleep(step_s)
+    def fit_with_faults(*args: Any, **options: Any) -> Iterator[Any]:
+        for step, (batch, outcome) in enumerate(fit(*args, **options), start=1):
+            time.sleep(job.get("step_s", 0.0))
             if step == signal_at:
-                hit(signals)
-            yield outcome
+                hit(job)
+            if step == job.get("kill_at_step"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch, outcome
 
-    if step_s or signal_at:
-        session.fit = slow_fit  # type: ignore[assignment]
+    def save_with_faults(self: checkpoints.Checkpoints, *args: Any, **options: Any) -> Path:
+        if signal_at == "checkpoint":
+            hit(job)
+        return save(self, *args, **options)
+
+    session.fit = fit_with_faults  # type: ignore[assignment]
+    checkpoints.Checkpoints.save = save_with_faults  # type: ignore[method-assign]
 
 
-def hit(signals: int) -> None:
-    print("signalled", time.time(), flush=True, file=sys.stderr)
-    for i in range(signals):
+def hit(job: Mapping[str, Any]) -> None:
+    """Signal this process: SIGTERM and SIGINT in turn."""
+    for i in range(job.get("signals", 1)):
         os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[i % 2])
 
 
@@ -172,22 +191,30 @@ def feed(job: Mapping[str, Any], step: int, kind: str, message: str) -> None:
     if kind != "waiting":
         return
     if job.get("signal_at") == "waiting":
-        hit(job.get("signals", 1))
+        hit(job)
+    if job.get("kill_at_wait"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (hidden := Path(job.get("hide", "/"))).name:  # away at one look, back at the next
+        aside = hidden.with_suffix(".aside")
+        hidden.rename(aside) if not aside.exists() and "no file or folder" not in message else aside.rename(hidden)
+        if "no file or folder" not in message:
+            return
     for source, target in job.get("feed", ()):
         if not Path(target).exists():
             shutil.copyfile(source, f"{target}.part")
             os.rename(f"{target}.part", target)
-            return
+            if Path(target).name.startswith("day_"):
+                return
 
 
 def serve() -> None:
     """Fork a child for each job that comes in, kill it when its time is up, and answer with its status."""
     torch.set_num_threads(1)
     stopping.PAUSE_S = 0.01
-    for module in ("torch._dynamo", "tensorboard.compat.proto.event_pb2", "torch.utils.tensorboard", "pyarrow.parquet"):
+    for module in ("torch._dynamo", "tensorboard.compat.proto.event_pb2", "torch.utils.tensorboard"):
         importlib.import_module(module)  # which every child would else import for itself
-    # Drawing takes three times as long as such a run, and the report is made anew from what is compared here.
-    session.write_report = lambda folder: folder.write_report("")  # type: ignore[assignment,return-value]
+    with tempfile.TemporaryDirectory() as folder:  # and the first run in a process takes four times as long
+        train_once({"toml": tiny().to_toml(), "folder": f"{folder}/run", "report": True})
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

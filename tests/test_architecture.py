@@ -24,8 +24,8 @@ LAYERS = [
     ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
     ["checkpoints", "journal"],
-    ["files"],
-    ["errors", "settings", "stopping"],
+    ["files", "stopping"],
+    ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}
 FREE = {"testing"}  # imports what it tests; nothing imports it

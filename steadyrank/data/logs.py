@@ -70,6 +70,10 @@ class ParquetLog:
         DataError: A file cannot be read as Parquet, or files disagree about a column's type.
     """
 
+    schema: pa.Schema
+    rows: int
+    columns: list[str]
+
     def __init__(self, config: LogsConfig, time: str, *, lenient: bool = False) -> None:
         self._config, self._time, self._lenient = config, time, lenient
         self._folder = Folder(config.path)
@@ -212,14 +216,14 @@ class ParquetLog:
         """Make these the log, in this order."""
         self._files = files
         there = [file for file in files if file.footer is not None]
-        self.schema: pa.Schema = pa.schema([])
+        self.schema = pa.schema([])
         for file in there:
             self.schema = join_schemas(self.schema, file)
         keys = {key for file in there for key in file.keys}.difference(self.schema.names)
         self._keys = {key: key_type(key, there) for key in sorted(keys)}
         for key, kind in self._keys.items():
             self.schema = self.schema.append(pa.field(key, kind))
-        self.columns: list[str] = list(self.schema.names)
+        self.columns = list(self.schema.names)
         self._parts = [part for file in files for part in _parts(file)]
         self.rows = sum(part.rows for part in self._parts)
         if self._config.max_rows is not None:

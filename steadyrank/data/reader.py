@@ -27,7 +27,7 @@ class ReaderConfig(Settings):
     """Rows of a step."""
     window_rows: int = Field(default=65_536, ge=1)
     """Rows of a window: sorted by time, then shuffled, then learned."""
-    window_hours: float | None = Field(default=None, gt=0)
+    window_hours: float | None = Field(default=None, gt=0, le=100_000)
     """Hours of a window, instead of rows."""
     window_per_file: bool = False
     """A window also ends where its file ends, so that windows do not depend on which files were there when the log was

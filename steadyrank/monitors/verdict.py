@@ -58,13 +58,13 @@ class VerdictConfig(Settings):
 
     sigmas: float = Field(default=7.0, gt=0)
     """Robust standard deviations above the trailing windows or steps from which a value is outside."""
-    windows: int = Field(default=20, ge=4)
+    windows: int = Field(default=20, ge=4, le=100_000)
     """Trailing windows remembered."""
     least_windows: int = Field(default=6, ge=1)
     """Windows that must be remembered before one can be outside."""
     window_chance: float = Field(default=1e-4, gt=0, lt=1)
     """A run of windows at 1 or above counts once it would come by chance this rarely."""
-    steps: int = Field(default=200, ge=4)
+    steps: int = Field(default=200, ge=4, le=100_000)
     """Trailing steps remembered. An excursion that outlasts half of the memory and stays below 1 is a new level."""
     least_steps: int = Field(default=50, ge=2)
     """Steps that must be remembered before one can be outside."""

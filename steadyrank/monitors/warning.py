@@ -40,7 +40,7 @@ class WarningConfig(Settings):
     """Robust standard deviations above its own median, in logarithms, from which a gradient or logit is out."""
     band_factor: float = Field(default=10.0, gt=1)
     """And how many times that median it must be, so that a narrow band does not make everything a sign."""
-    band_steps: int = Field(default=100, ge=10)
+    band_steps: int = Field(default=100, ge=10, le=100_000)
     """Steps that the band remembers."""
     dead_rise_frac: float = Field(default=0.3, gt=0, le=1)
     """Share of all live units that fall silent within `dead_looks` looks."""
