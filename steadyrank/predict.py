@@ -90,7 +90,7 @@ def _write(
             for k, (name, task) in enumerate(schema.tasks.items()):
                 out = out.append_column(name, pa.array(task.decode(logits_BK[:, k]).numpy()))
             if writer is None:
-                writer = pq.ParquetWriter(part, out.schema, compression="zstd")
+                writer = pq.ParquetWriter(part, out.schema, compression="zstd", write_page_checksum=True)
             writer.write_table(out)
             rows += len(table)
             if progress is not None:

@@ -24,6 +24,7 @@ from .settings import Settings
 
 Rung = Literal["skip", "damp", "rollback", "stop"]
 Trigger = Literal["bad_steps", "verdict", "alarm"]
+_SKIPS_ALONE = 2
 LEAST_SCALE = 1e-3
 """Damping again and again ends here: below it a model does not learn at all."""
 _BOUND = ("variable_relative_threshold", "absolute_threshold", "accumulator_relative_threshold")  # of a group
@@ -50,7 +51,7 @@ class RecoveryConfig(Settings):
 
     mode: Literal["off", "advise", "on"] = "advise"
     """`on`: act. `advise`: only say what would be done, each rung once between two calms. `off`: neither."""
-    ladder: tuple[Rung, ...] = ("skip", "damp", "rollback", "stop")
+    ladder: tuple[Rung, ...] = ("skip", "rollback", "damp", "stop")
     """The rungs in their order, each at most once, `stop` last. One that does not fit is passed over: `skip` fits bad
     steps only, which are left out already; `rollback` needs a snapshot or checkpoint from before the trouble."""
     triggers: tuple[Trigger, ...] = ("bad_steps", "verdict")
@@ -59,7 +60,7 @@ class RecoveryConfig(Settings):
     skips: int = Field(default=10, ge=0)
     """With `skip` in the ladder: bad steps within `calm_steps`, and since the last action, that are simply gone on
     from. One more calls for the next rung."""
-    tries: int = Field(default=2, ge=1)
+    tries: int = Field(default=3, ge=1)
     """How often `damp`, and `rollback`, are tried before the next rung."""
     patience_steps: int = Field(default=200, ge=1)
     """Steps that an action is given to work; a task that is suspected after them calls for the next try or rung."""
@@ -69,10 +70,12 @@ class RecoveryConfig(Settings):
     """Dampings and rollbacks of a whole run; what would be one more is a stop."""
     damp: DampConfig = DampConfig()
     """How a run is damped."""
-    rollback_then: Literal["damp", "skip_data", "both"] = "damp"
-    """How a run goes on after a rollback: damped, past the window of data that was being read (the second time in a
-    row 2 windows, then 4, ...), or both. Unchanged it would run into the same trouble."""
-    snapshot_every: int = Field(default=200, ge=1)
+    rollback_then: Literal["damp", "skip_data", "both", "in_turn"] = "in_turn"
+    """How a run goes on after a rollback. `damp`: smaller steps. `skip_data`: what came before the trouble is learned
+    again, and the windows of the log from that in which it began to that in which it was seen are left out (from the
+    third time in a row on 1 more, then 3, ...). `both`. `in_turn`: `skip_data` twice, then `both`, since it is not the data
+    alone."""
+    snapshot_every: int = Field(default=100, ge=1)
     """Steps between two snapshots in memory; none is taken while a task is suspected."""
     snapshot_budget_mb: float = Field(default=1024.0, ge=0)
     """What all snapshots may take together, in MB of 10^6 bytes; the oldest go first. 0 for none."""
@@ -144,15 +147,15 @@ class Ladder:
     """Decides what is done about trouble: the lowest rung that fits, and the next one while that does not hold.
 
     - A rung is tried `tries` times; `skip` bears `skips` bad steps. What does not fit is passed over.
-    - After an action nothing but further bad steps is answered for `patience_steps`; then a task that is suspected, a
-      new one or still the old, calls for the next try or rung.
+    - After an action nothing but further bad steps is answered for `patience_steps` (after a rollback also trouble that
+      begins then); then a task that is suspected, a new one or still the old, calls for the next try or rung.
     - It never goes down, until `calm_steps` after the last trouble, borne bad steps aside, it is at its foot again.
 
     So each trouble ends in calm or in `stop`, at which the caller stops, and so does each run after `max_actions`.
 
     Where the mode is `advise` nothing was carried out, so no try is used up: each rung is named once between two calms.
 
-    >>> ladder = Ladder(RecoveryConfig(mode="on"))
+    >>> ladder = Ladder(RecoveryConfig(mode="on", ladder=("skip", "damp", "rollback", "stop"), tries=2))
     >>> ladder.decide(120, [Trouble("bad_steps", 120, 113, "click", "the loss is not finite")], {}).rung
     'skip'
     >>> begun = Trouble("verdict", 140, 131, "click", "loss 9.1, usual 0.3")
@@ -162,7 +165,7 @@ class Ladder:
     >>> ladder.decide(340, [], {"click": 131}).reason
     'click: suspected to diverge (since step 131): damp, try 2 of 2, since 1 x damp did not hold'
     >>> ladder.decide(540, [], {"click": 131}, lambda since: since > 100).reason
-    'click: suspected to diverge (since step 131): rollback, try 1 of 2, since 2 x damp did not hold'
+    'click: suspected to diverge (since step 131): rollback, try 1 of 2, then leave out the windows of data ...'
     """
 
     def __init__(self, config: RecoveryConfig) -> None:
@@ -213,7 +216,9 @@ class Ladder:
             if task not in named
         ]
         if self._waits(step):
-            others = []
+            # A rollback has left nothing that needs patience: what begins after it is new.
+            rolled, acted = config.ladder[self._position] == "rollback", self._acted or 0
+            others = [trouble for trouble in others if rolled and trouble.since > acted]
         if not bad + others or (borne and not others and self._position > config.ladder.index("skip")):
             return None
         since = min([call.since for call in bad + others] + list(suspected.values()))
@@ -289,8 +294,9 @@ class Ladder:
         if rung in ("damp", "rollback"):
             answer += f", try {times} of {config.tries}"
         if rung == "rollback" and config.rollback_then != "damp":
-            windows = 2 ** (times - 1)
-            answer += f", then leave out {windows} window{'s' if windows > 1 else ''} of data"
+            windows = 2 ** max(times - _SKIPS_ALONE, 0)
+            further = f" and {windows - 1} more" if windows > 1 else ""
+            answer += f", then leave out the windows of data in which it lay{further}"
         calls = [*found.bad, *found.others]
         tasks = {call.task for call in calls}
         first = min(calls, key=lambda call: call.since)
@@ -303,9 +309,13 @@ class Ladder:
             since=found.since,
             reason=f"{what} (since step {first.since}{more}): {answer}{because}",
             times=times,
-            damp=rung == "damp" or (rung == "rollback" and config.rollback_then != "skip_data"),
+            damp=rung == "damp" or (rung == "rollback" and self._damps(times)),
             windows_to_skip=windows,
         )
+
+    def _damps(self, times: int) -> bool:
+        then = self.config.rollback_then
+        return then in ("damp", "both") or (then == "in_turn" and times > _SKIPS_ALONE)
 
     def _what_was_tried(self) -> list[str]:
         if self.config.mode == "advise":

@@ -178,7 +178,8 @@ class _Walk:
         optimizers = list(parts.optimizers.values())
         readings = Readings(list(parts.schema.tasks), parts.model.named_parameters(), optimizers)
         read = parts.reader.batches(self._cursor)
-        batches = (batch for batch, cursor in read if cursor.window >= self._rescue.skip_until)
+        leaves_out = self._rescue.leaves_out
+        batches = (batch for batch, at in read if not leaves_out(at.window, at.batches, len(batch)))
         steps = fit(
             parts.model,
             parts.optimizers,

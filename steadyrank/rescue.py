@@ -12,6 +12,9 @@ from .errors import CheckpointError
 from .recovery import Action, Damper, Ladder, RecoveryConfig, Trouble
 from .snapshots import SnapshotRing
 
+_WINDOWS = 1000
+"""Windows of the log that are remembered: far more than lie between a trouble and what comes before it."""
+
 
 class Rescue:
     """The recovery's own state: what was tried stays tried, also where training goes back.
@@ -36,9 +39,11 @@ class Rescue:
         self.ladder = Ladder(config)
         self.damper = Damper(config.damp, optimizers, tasks, device)
         self.ring = SnapshotRing(int(config.snapshot_budget_mb * 1e6))
-        self.skip_until = 0
-        """Windows of the log before this one are left out."""
+        self.left_out: list[list[int]] = []
+        """Windows of the log that are left out: the first of each stretch, and the one after its last."""
         self.rows_skipped = 0
+        self._skipped_to = [0, 0]
+        self._windows: list[list[int]] = []
         self.returned_at = -1
         """The step at which training went back last: the state of that step is an earlier one."""
         self._counts: dict[str, int] = {}
@@ -66,6 +71,30 @@ class Rescue:
         if action is not None and self.mode == "on":
             self._counts[action.rung] = self._counts.get(action.rung, 0) + 1
         return action
+
+    def note_window(self, step: int, window: int) -> None:
+        """Note in which window of the log a step lies."""
+        if not self._windows or self._windows[-1][1] != window:
+            self._windows = [*self._windows[1 - _WINDOWS :], [step, window]]
+
+    def leave_out(self, since: int, last: int, windows: int) -> None:
+        """Leave out the data of a trouble, from the window of its first step on.
+
+        Args:
+            since: That step.
+            last: The window in which the trouble was seen.
+            windows: How many more than up to its end, and 1.
+        """
+        first = next((window for step, window in reversed(self._windows) if step <= since), last)
+        self.left_out = [*self.left_out[-_WINDOWS:], [min(first, last), last + windows]]
+
+    def leaves_out(self, window: int, batch: int, rows: int) -> bool:
+        """Say whether a batch of the log is left out; its rows are counted once."""
+        if not any(first <= window < end for first, end in self.left_out):
+            return False
+        if [window, batch] > self._skipped_to:
+            self._skipped_to, self.rows_skipped = [window, batch], self.rows_skipped + rows
+        return True
 
     def is_due(self, step: int) -> bool:
         """Say whether a snapshot is."""
@@ -120,8 +149,10 @@ class Rescue:
         return {
             "ladder": self.ladder.state_dict(),
             "damper": self.damper.state_dict(),
-            "skip_until": self.skip_until,
+            "left_out": [list(stretch) for stretch in self.left_out],
             "rows_skipped": self.rows_skipped,
+            "skipped_to": list(self._skipped_to),
+            "windows": [list(begun) for begun in self._windows],
             "returned_at": self.returned_at,
             "counts": dict(self._counts),
         }
@@ -130,5 +161,7 @@ class Rescue:
         """Go on from `state`."""
         self.ladder.load_state_dict(state["ladder"])
         self.damper.load_state_dict(state["damper"])
-        self.skip_until, self.rows_skipped = state["skip_until"], state["rows_skipped"]
+        self.left_out = [list(stretch) for stretch in state["left_out"]]
+        self.rows_skipped, self._skipped_to = state["rows_skipped"], list(state["skipped_to"])
+        self._windows = [list(begun) for begun in state["windows"]]
         self.returned_at, self._counts = state["returned_at"], dict(state["counts"])

@@ -267,8 +267,8 @@ class Session:
     def _read(self) -> Iterator[Batch]:
         reader = self.parts.reader
         for batch, cursor in reader.batches(self.cursor):
-            if cursor.window < self.rescue.skip_until:
-                self.cursor, self.rescue.rows_skipped = cursor, self.rescue.rows_skipped + len(batch)
+            if self.rescue.leaves_out(cursor.window, cursor.batches, len(batch)):
+                self.cursor = cursor
                 if self.stop.is_set():
                     return
                 continue
@@ -326,6 +326,7 @@ class Session:
         low, high = int(batch.time.min()), int(batch.time.max())
         self.first_time = low if self.first_time is None else min(low, self.first_time)
         self.last_time = high if self.last_time is None else max(high, self.last_time)
+        self.rescue.note_window(self.step, self.cursor.window)
         self.readings.add(self.step, outcome)
         self._pending.append((batch, outcome.scores))
         if self.instruments is not None:
@@ -441,7 +442,7 @@ class Session:
 
         Steps go on being counted; what the abandoned ones left in readings and events stays.
         """
-        here, rows = self.cursor, self.rows
+        here = self.cursor.window
         then, state = self.rescue.find_earlier(action.since, self._say_damaged)
         instruments = None if self.instruments is None else self.instruments.go_back(state["instruments"])
         self._load_trained_state({**state, "instruments": instruments})
@@ -455,10 +456,8 @@ class Session:
         self.rows = state["rows"]
         self.readings.in_a_row = 0
         self.event("returned", f"went back to the state of step {then}", then=then)
-        if action.windows_to_skip:  # what was read since is not read again, and the rest of the window not at all
-            self.cursor = here
-            self.rescue.skip_until = here.window + action.windows_to_skip
-            self.rescue.rows_skipped += rows - self.rows
+        if action.windows_to_skip:  # what came before the trouble is learned again, at the full rate
+            self.rescue.leave_out(action.since, here, action.windows_to_skip)
         if action.damp:
             self._damp(action)
         self._returned, self.rescue.returned_at = True, self.step

@@ -47,8 +47,10 @@ def follow(*overrides: str) -> RunConfig:
     return log("train.follow=true", "train.follow_every_s=0.01", "train.follow_idle_s=0.03", *overrides)
 
 
-def write_day(folder: Path, day: int, rows: int = 150, name: str = "", **columns: object) -> Path:
-    """Write the file of a day, whole or not at all."""
+def write_day(
+    folder: Path, day: int, rows: int = 150, name: str = "", spoilt_every: int = 0, **columns: object
+) -> Path:
+    """Write the file of a day, whole or not at all; where a row is spoilt, the loss is not finite."""
     draw = np.random.default_rng(day)
     x = draw.normal(size=rows)
     table = {
@@ -58,6 +60,8 @@ def write_day(folder: Path, day: int, rows: int = 150, name: str = "", **columns
         "click": (x + draw.normal(size=rows) > 0).astype(np.int64),
         "dwell": np.abs(x) + draw.random(rows),
     }
+    if spoilt_every:
+        table["dwell"][::spoilt_every] = 1e25
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name or f'day_{day}'}.parquet"
     pq.write_table(pa.table({**table, **columns}), path.with_suffix(".part"), row_group_size=64)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steadyrank.checkpoints import Checkpoints
 from steadyrank.optim import ClipGlobalNorm, ClipGradients, ClippyAdagrad, ClipUpdates
 from steadyrank.optim.configs import OPTIMIZERS
 from steadyrank.recovery import LEAST_SCALE, Action, DampConfig, Damper, Ladder, RecoveryConfig, Trouble
+from steadyrank.rescue import Rescue
 from steadyrank.snapshots import copy_state
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -235,7 +238,15 @@ def test_the_words_name_what_has_no_bound_and_a_single_task_is_damped_as_a_whole
 # The ladder.
 
 ALWAYS: Callable[[int], bool] = lambda since: True  # noqa: E731 - an argument
-QUICK = {"patience_steps": 100, "calm_steps": 400, "damp": {"steps": 100, "restore_steps": 100}, "margin_steps": 50}
+QUICK = {
+    "ladder": ("skip", "damp", "rollback", "stop"),
+    "tries": 2,
+    "rollback_then": "damp",
+    "patience_steps": 100,
+    "calm_steps": 400,
+    "damp": {"steps": 100, "restore_steps": 100},
+    "margin_steps": 50,
+}
 
 
 def quick(**options: Any) -> RecoveryConfig:
@@ -283,13 +294,25 @@ def test_what_cannot_be_rolled_back_is_passed_over_with_a_word() -> None:
 
 
 def test_repeated_rollbacks_leave_out_more_data() -> None:
-    for then, damp in (("skip_data", False), ("both", True)):
+    never, always, later = [False] * 4, [True] * 4, [False, False, True, True]
+    for then, damp in (("skip_data", never), ("both", always), ("in_turn", later)):
         actions = explode(quick(ladder=["rollback", "stop"], tries=4, rollback_then=then))
-        assert [action.windows_to_skip for action in actions] == [1, 2, 4, 8, 0]
-        assert [action.damp for action in actions] == [damp] * 4 + [False]
-    assert (
-        "then leave out 1 window of data" in explode(quick(ladder=["rollback", "stop"], rollback_then="both"))[0].reason
-    )
+        assert [action.windows_to_skip for action in actions] == [1, 1, 2, 4, 0]
+        assert [action.damp for action in actions] == [*damp, False]
+        assert "then leave out the windows of data in which it lay" in actions[0].reason
+        assert "in which it lay and 3 more" in actions[3].reason
+
+
+def test_what_begins_after_a_rollback_is_answered_at_once_and_what_goes_on_with_patience() -> None:
+    ladder = Ladder(quick(ladder=["rollback", "damp", "stop"], tries=2))
+    rungs = []
+    for step, since in ((100, 95), (120, 118), (140, 118), (160, 155)):
+        trouble = Trouble("verdict", step, since, "click", "loss 9, usual 0.3")
+        action = ladder.decide(step, [trouble], {"click": since}, ALWAYS)
+        rungs.append(action.rung if action else None)
+    assert rungs == ["rollback", "rollback", None, "damp"]
+    later = Trouble("verdict", 180, 175, "click", "loss 9, usual 0.3")
+    assert ladder.decide(180, [later], {"click": 175}, ALWAYS) is None  # damping needs its time
 
 
 def test_all_actions_of_a_run_are_bounded() -> None:
@@ -350,14 +373,13 @@ def test_a_second_task_waits_for_the_first_ones_action_and_is_then_answered() ->
     assert (again.rung, again.times) == ("damp", 2)
 
 
-def test_a_rollback_that_sets_the_steps_back_gives_it_time_to_work() -> None:
+def test_after_a_rollback_that_sets_the_steps_back_the_same_trouble_is_a_new_one() -> None:
     ladder = Ladder(quick(ladder=["rollback", "stop"]))
     action = ladder.decide(1000, [verdict(1000)], {"click": 995}, ALWAYS)
     assert action is not None
     assert (action.rung, action.since) == ("rollback", 995)
     assert ladder.decide(920, [], {}, ALWAYS) is None
-    assert ladder.decide(1000, [verdict(1000)], {"click": 995}, ALWAYS) is None
-    again = ladder.decide(1020, [], {"click": 995}, ALWAYS)
+    again = ladder.decide(1000, [verdict(1000)], {"click": 995}, ALWAYS)
     assert again is not None
     assert (again.rung, again.times) == ("rollback", 2)
 
@@ -490,10 +512,38 @@ def test_a_ladder_that_lost_its_rung_begins_at_the_foot() -> None:
         ({"patience_steps": 3000}, "patience_steps (3000)"),
         ({"damp": {"factor": 1.0}}, "less than 1"),
         ({"damp": {"factor": 1e-4}}, "greater than or equal to 0.001"),
-        ({"rollback_then": "retry"}, "'damp', 'skip_data' or 'both'"),
+        ({"rollback_then": "retry"}, "'skip_data', 'both' or 'in_turn'"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError) as error:
         RecoveryConfig.model_validate(options)
     assert words in str(error.value)
+
+
+def make_rescue(tmp_path: Path) -> Rescue:
+    model = torch.nn.Linear(2, 1)
+    optimizers = {"dense": torch.optim.SGD(model.parameters(), lr=0.1)}
+    return Rescue(quick(), optimizers, ["click"], torch.device("cpu"), Checkpoints(tmp_path))
+
+
+def test_the_windows_of_a_trouble_are_left_out_and_their_rows_counted_once(tmp_path: Path) -> None:
+    rescue = make_rescue(tmp_path)
+    for step in range(1, 101):
+        rescue.note_window(step, step // 10)
+    rescue.leave_out(since=35, last=5, windows=1)  # it began in window 3 and was seen in window 5
+    read = [(window, batch) for window in range(10) for batch in range(1, 11)]
+    left_out = [window for window, batch in read if rescue.leaves_out(window, batch, rows=7)]
+    assert sorted(set(left_out)) == [3, 4, 5]
+    assert rescue.rows_skipped == 3 * 10 * 7
+    again = make_rescue(tmp_path)
+    again.load_state_dict(rescue.state_dict())
+    again.leave_out(since=60, last=6, windows=2)  # what was left out before stays so
+    assert sorted({window for window, batch in read if again.leaves_out(window, batch, rows=7)}) == [3, 4, 5, 6, 7]
+    assert again.rows_skipped == 5 * 10 * 7
+
+
+def test_a_trouble_that_began_in_a_window_that_is_left_behind_takes_the_oldest_that_is_known(tmp_path: Path) -> None:
+    rescue = make_rescue(tmp_path)
+    rescue.leave_out(since=5, last=2, windows=1)
+    assert [w for w in range(5) if rescue.leaves_out(w, 1, 1)] == [2]

@@ -50,12 +50,12 @@ SCENARIOS = {
         *RECOVERS,
     ),
     "no checkpoint": tiny("train.checkpoint_every=0", "watch.enabled=false"),
-    "bad steps": tiny(
+    "bad steps": log(
         "train.checkpoint_every=4",
         "train.on_bad_step=skip",
         "train.quarantine_rows=true",
         "optimizer.dense={name='adamw', lr=0.01}",
-        "data.incidents=[{kind='units', at=0.4, length=0.2, target='watch_time', strength=1e26}]",
+        *WATCHED,
     ),
     "days": log("train.checkpoint_every=5", "train.keep_days=2", "reader.window_per_file=true", *WATCHED),
     "follows": follow("train.checkpoint_every=5", *WATCHED),
@@ -72,7 +72,8 @@ def prepare(config: RunConfig, folder: Path, feed: bool) -> tuple[RunConfig, dic
     """Write the log that the run reads; return its configuration, and the days that come while it waits."""
     if config.data.source == "stream":
         return config, {}
-    days = [write_day(folder / "log", day) for day in range(4)]
+    spoilt = 60 if config.train.on_bad_step == "skip" else 0
+    days = [write_day(folder / "log", day, spoilt_every=spoilt * (day % 2)) for day in range(4)]
     coming = folder / "coming"
     coming.mkdir()
     moved = [(path.rename(coming / path.name), path) for path in days[1:]] if feed else []

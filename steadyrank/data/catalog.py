@@ -123,7 +123,7 @@ def _prepare_kuairand(folder: Path, days: Path, part: Path, progress: Progress) 
     kinds = {**_LOG, **_USERS, **_VIDEOS}
     schema = pa.schema([(name, pa.string() if kind == _WORDS else kind) for name, kind in kinds.items()])
     rows = 0
-    with pq.ParquetWriter(part, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(part, schema, compression="zstd", write_page_checksum=True) as writer:
         for day in sorted(days.iterdir(), key=lambda path: int(path.name)):
             # Rows of one millisecond are in the order of their ids, not of the files: one log has one result.
             log = (

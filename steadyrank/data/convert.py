@@ -12,6 +12,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from ..errors import ConfigError, DataError, check_known, near_path
+from .parquet import check_indices
 
 BLOCK_BYTES = 16 << 20
 _SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".json": "", ".parquet": ""}
@@ -115,7 +116,7 @@ def _write(blocks: Iterator[pa.Table], part: Path, sort: str | None) -> int:
     try:
         for table in blocks:
             if writer is None:
-                writer = pq.ParquetWriter(part, table.schema, compression="zstd")
+                writer = pq.ParquetWriter(part, table.schema, compression="zstd", write_page_checksum=True)
             writer.write_table(table.cast(writer.schema) if table.schema != writer.schema else table)
             rows += len(table)
     finally:
@@ -128,8 +129,8 @@ def _blocks(source: Path, kind: str, types: dict[str, pa.DataType], progress: Pr
     """Yield the file as tables of one schema, telling `progress` how far it is."""
     total = source.stat().st_size
     if kind == ".parquet":
-        for batch in pq.ParquetFile(source).iter_batches():
-            batch.validate(full=True)  # an index past its dictionary would end the process when it is written
+        for batch in pq.ParquetFile(source, page_checksum_verification=True).iter_batches():
+            check_indices(batch)
             yield pa.Table.from_batches([batch])
         if progress is not None:
             progress(total, total)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -168,6 +169,24 @@ def key_type(name: str, files: Iterable[LogFile]) -> pa.DataType:
             values.cast(kind)
             return kind
     return pa.string()
+
+
+def check_indices(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid where an index points past its dictionary, as Arrow lets spoiled files have it.
+
+    Most of what Arrow does with such a column would end the process.
+    """
+    arrays = list(batch.columns)
+    while arrays:
+        array = arrays.pop()
+        if pa.types.is_dictionary(array.type):
+            low, high = (end.as_py() for end in pc.min_max(array.indices).values())
+            if high is not None and not 0 <= low <= high < len(array.dictionary):
+                raise pa.ArrowInvalid(f"index {high:,} of a dictionary that holds {len(array.dictionary):,} values")
+        elif pa.types.is_struct(array.type):
+            arrays += array.flatten()
+        elif pa.types.is_nested(array.type):
+            arrays.append(array.values)
 
 
 @contextmanager
