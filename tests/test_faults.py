@@ -54,6 +54,13 @@ def fill_it_for_a_while(server: Server, whole: RunFolder, folder: Path, at: int)
     assert_same(whole, patient)
 
 
+def fill_it_at_a_resume(server: Server, whole: RunFolder, folder: Path, at: int) -> None:
+    """A run that was killed is resumed on a disk that is full from one write on, and then once more."""
+    killed(server, folder)
+    assert server.run(CONFIG, folder, full_at=at, full_for=10**9) in (0, 2)
+    assert_same(whole, server.finish(CONFIG, folder))
+
+
 FIRST = 10
 """Writes of the making of a run folder, which does not wait for space."""
 
@@ -62,23 +69,23 @@ def test_a_full_disk_ends_the_run_with_an_error_and_spoils_nothing(
     server: Server, whole: RunFolder, tmp_path: Path
 ) -> None:
     _, writes = counts_of(whole.path)
-    for at in random.Random(0).sample(range(1, writes + 1), 4):
+    for at in random.Random(0).sample(range(1, writes + 1), 3):
         fill_the_disk(server, whole, tmp_path / f"run_{at}", at)
 
 
 def test_with_patience_a_full_disk_changes_nothing(server: Server, whole: RunFolder, tmp_path: Path) -> None:
     _, writes = counts_of(whole.path)
-    for at in random.Random(1).sample(range(FIRST, writes - 3), 3):
+    for at in random.Random(1).sample(range(FIRST, writes - 3), 2):
         fill_it_for_a_while(server, whole, tmp_path / f"run_{at}", at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fill", [fill_the_disk, fill_it_for_a_while])
+@pytest.mark.parametrize("fill", [fill_the_disk, fill_it_for_a_while, fill_it_at_a_resume])
 def test_a_disk_that_is_full_at_each_write(
     server: Server, whole: RunFolder, tmp_path: Path, fill: Callable[[Server, RunFolder, Path, int], None]
 ) -> None:
     _, writes = counts_of(whole.path)
-    for at in range(1 if fill is fill_the_disk else FIRST, writes + 1):
+    for at in range(FIRST if fill is fill_it_for_a_while else 1, writes + 1):
         fill(server, whole, tmp_path / f"run_{at}", at)
 
 
@@ -101,7 +108,7 @@ def spoil(path: Path, draw: random.Random) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 40))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 40))])
 def test_the_checkpoint_before_a_damaged_one_is_used_and_it_is_said(
     server: Server, whole: RunFolder, tmp_path: Path, seed: int
 ) -> None:
@@ -134,7 +141,8 @@ def test_where_all_checkpoints_are_damaged_it_is_said_and_nothing_is_touched(ser
 FILES = ("readings/steps.jsonl", "readings/windows.jsonl", "events.jsonl", "config.toml", "environment.json")
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("name", FILES)
 def test_any_other_damage_is_a_clear_error_or_a_good_run(server: Server, tmp_path: Path, name: str, seed: int) -> None:
     run = killed(server, tmp_path / "run")
@@ -168,17 +176,17 @@ def test_a_signal_leaves_a_checkpoint_at_once_and_what_follows_is_the_same(
     server: Server, whole: RunFolder, tmp_path: Path, slow: bool
 ) -> None:
     """With steps so slow that the next reading is far, it stops where it is, and only readings are cut otherwise."""
-    options = {"step_s": 0.25, "signal_at": 7} if slow else {"signal_at": 4}
+    options = {"step_s": 0.1, "signal_at": 7} if slow else {"signal_at": 4}
     config = CONFIG
     if slow:
         settings = {"log_every": 50, "window_steps": 50, "checkpoint_every": 0}
         config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=settings)})
         whole = server.finish(config, tmp_path / "whole")
     folder, start = tmp_path / "run", time.perf_counter()
-    assert server.run(config, folder, **options, patience_s=0.2) == 130
+    assert server.run(config, folder, **options, patience_s=0.15) == 130
     assert time.perf_counter() - start < 30
     run = RunFolder.open(folder)
-    assert run.checkpoints.steps()[-1] in ((8, 9) if slow else (5, 6))
+    assert run.checkpoints.steps()[-1] in ((8, 9, 10) if slow else (5, 6))
     assert run.summary()["status"] == "interrupted"
     server.finish(config, folder)
     cut = ("/readings/steps", "/state/instruments/watch/verdicts/newest")  # where the last reading began
@@ -186,7 +194,7 @@ def test_a_signal_leaves_a_checkpoint_at_once_and_what_follows_is_the_same(
     assert kinds(run)[-2:] == ["interrupted", "resumed"]
 
 
-@pytest.mark.parametrize("signals", [2, 3])
+@pytest.mark.parametrize("signals", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_it_at_once(server: Server, whole: RunFolder, tmp_path: Path, signals: int) -> None:
     folder = tmp_path / "run"
     assert server.run(CONFIG, folder, signal_at=7, signals=signals) in (1, -2, -15)

@@ -68,7 +68,7 @@ def test_appended_between_kill_and_resume(server: Server, whole: RunFolder, tmp_
     assert steps["file"] == steps["resumed"] > 0
 
 
-@pytest.mark.parametrize("per_file", [False, True])
+@pytest.mark.parametrize("per_file", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_appended_to_a_log_that_is_not_followed(server: Server, tmp_path: Path, per_file: bool) -> None:
     """Where the end of the log has cut no window, it does not matter when the last day came."""
     config, feed = lay_out(
@@ -149,7 +149,7 @@ def test_a_file_that_is_needed_and_gone_is_named(server: Server, tmp_path: Path)
     assert "day_1.parquet: is gone" in error_of(tmp_path / "run")
 
 
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("aligned", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_each_day_has_its_checkpoint(server: Server, tmp_path: Path, aligned: bool) -> None:
     """Also where no window ends at midnight: then with the first window that ends after it."""
     config = follow("train.checkpoint_every=4", "train.keep_checkpoints=1", "train.keep_days=2", *WATCHED)

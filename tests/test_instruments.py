@@ -115,7 +115,8 @@ class KilledError(Exception):
 
 
 def events_of(folder: RunFolder) -> list[str]:
-    return [json.dumps({k: v for k, v in e.items() if k not in ("time", "file")}) for e in folder.events()]
+    told = [event for event in folder.events() if not event.get("process")]
+    return [json.dumps({k: v for k, v in e.items() if k not in ("time", "file")}) for e in told]
 
 
 def test_a_resumed_run_reads_and_warns_as_the_run_that_went_through(tmp_path: Path) -> None:

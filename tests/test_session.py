@@ -1,5 +1,6 @@
 """What a run does about trouble, and what it leaves: the ladder carried out, rows counted once, files bounded."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .tiny import tiny
 
 BASE = ("data.rows=5_000", "reader.window_rows=512", "train.checkpoint_every=7", UNITS, *WATCHED)
 DISK = "recovery.snapshot_budget_mb=0"
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -49,8 +51,8 @@ def test_advice_changes_nothing_and_is_said(server: Server, off: RunFolder, tmp_
     ("sets", "done", "skips"),
     [
         (["recovery.ladder=['damp', 'stop']"], ["recovery", "damped"], False),
-        (["recovery.rollback_then=damp"], ["recovery", "returned", "damped"], False),
-        (["recovery.rollback_then=skip_data"], ["recovery", "returned"], True),
+        SLOW(["recovery.rollback_then=damp"], ["recovery", "returned", "damped"], False),
+        SLOW(["recovery.rollback_then=skip_data"], ["recovery", "returned"], True),
         (["recovery.rollback_then=both"], ["recovery", "returned", "damped"], True),
         (["recovery.rollback_then=skip_data", DISK], ["recovery", "returned"], True),
     ],
@@ -94,7 +96,7 @@ def test_the_ladder_ends_in_a_stop_and_the_run_is_kept(server: Server, tmp_path:
     assert kinds(kept)[-1] == "verdict"
 
 
-@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("watched", [SLOW(True), False])
 def test_bad_steps_climb_the_ladder(server: Server, tmp_path: Path, watched: bool) -> None:
     """Also in a run that is not watched."""
     for day in range(3):
@@ -138,7 +140,7 @@ def test_readings_are_bounded_and_a_run_resumes_over_the_cut(server: Server, tmp
     assert write_report(run) == run.report_path()
 
 
-@pytest.mark.parametrize("kill_at_step", [4, 12])
+@pytest.mark.parametrize("kill_at_step", [SLOW(4), 12])
 def test_tensorboard_shows_each_reading_once_after_a_resume(server: Server, tmp_path: Path, kill_at_step: int) -> None:
     """Killed before its first checkpoint, and after one."""
     config = tiny("trackers.tensorboard=true", "train.checkpoint_every=5", "watch.enabled=false")

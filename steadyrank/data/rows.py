@@ -1,6 +1,8 @@
 """Single rows of a log read again, by their number (`Batch.row`), with every column: for a person to look at."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import pyarrow as pa
 
@@ -43,3 +45,23 @@ def find_rows(source: Source, rows: Sequence[int]) -> pa.Table:
         return pa.table({name: pa.nulls(0) for name in source.columns})
     place = {row: i for i, row in enumerate(wanted)}
     return pa.concat_tables(found).take([place[row] for row in rows])
+
+
+def show_rows(source: Source, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Read rows of a log again as `find_rows` does, each as a dictionary of plain values.
+
+    What Python has no value for (a text that is no UTF-8, a date before the year 1) becomes a text that says so.
+
+    Raises:
+        DataError: The log has no such row, or cannot be read any more.
+    """
+    table = find_rows(source, rows)
+    return [{name: _plain(table[name][i]) for name in table.column_names} for i in range(len(table))]
+
+
+def _plain(value: pa.Scalar) -> Any:
+    with suppress(ValueError, OverflowError):
+        return value.as_py()
+    with suppress(ValueError, OverflowError, pa.ArrowException):  # a nanosecond, for one
+        return value.cast(pa.string()).as_py()
+    return f"(no readable {value.type})"
