@@ -25,7 +25,9 @@ from .source import Piece as Piece
 from .source import Source as Source
 
 PIECE_ROWS = 65_536
-_BUFFER_BYTES = 1 << 20  # of a column's chunk: Arrow would else hold a whole row group
+# Of a large file Arrow reads each chunk through a buffer, as it would else hold a whole row group. Of a small one it does
+# not: it would take the memory that a page says it needs, up to 2 GB, before it looks whether the page is there.
+_SMALL_BYTES, _BUFFER_BYTES = 16 << 20, 1 << 20
 
 
 class LogsConfig(Settings):
@@ -311,7 +313,7 @@ class ParquetLog:
                     stream,
                     metadata=footer,
                     page_checksum_verification=True,
-                    buffer_size=_BUFFER_BYTES,
+                    buffer_size=_BUFFER_BYTES if part.file.size > _SMALL_BYTES else 0,
                     pre_buffer=self._remote,
                 )
                 batches = file.iter_batches(PIECE_ROWS, row_groups=[part.row_group], columns=sorted(stored))
