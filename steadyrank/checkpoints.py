@@ -9,6 +9,7 @@ Any safetensors and JSON reader opens them; docs/survival.md has the layout.
 
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import re
@@ -82,7 +83,7 @@ class Checkpoints:
                 files = _write(draft, plain, packed.tensors)
                 facts = {"format": FORMAT, "steadyrank": _version(), "step": step, "kind": kind, "healthy": healthy}
                 facts |= {"day": day, "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": files}
-                replace(draft / _MANIFEST, to_json(facts))
+                replace(draft / _MANIFEST, to_json({**facts, "sha256": digest_of(facts)}))
                 sync(draft)
                 swap(draft, final)
         finally:
@@ -103,6 +104,8 @@ class Checkpoints:
                 f"steadyrank {facts.get('steadyrank')}, this is {_version()}); use the version that wrote it, or train "
                 "anew"
             )
+        if facts.get("sha256") != digest_of(facts):
+            raise CheckpointError(f"{path} is damaged: its sha256 is not that of what it says")
         return facts
 
     def load(self, step: int | None = None) -> dict[str, Any]:
@@ -184,6 +187,12 @@ class Checkpoints:
                 gone = folder.with_name(f".step_{step}.gone")
                 shutil.rmtree(gone, ignore_errors=True)
                 shutil.rmtree(folder.rename(gone))
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, but for this: of its JSON with sorted keys."""
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write(folder: Path, plain: Any, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

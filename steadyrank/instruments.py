@@ -17,6 +17,8 @@ from .monitors.cause import Cause, Earlier, Trail, find_cause
 from .monitors.going_back import go_back
 from .monitors.tables import Field
 from .monitors.unusual import Reference
+from .monitors.verdict import Change
+from .monitors.warning import Alert
 from .monitors.watch import Watch, WatchConfig
 from .recovery import Trouble
 from .runs import RunFolder
@@ -67,7 +69,6 @@ class Instruments:
         self._recent: list[tuple[int, Batch]] = []
         self._explained: list[int] = []
         self._troubles: list[Trouble] = []
-        self._judged = 0
         self._looked_ahead = 0
 
     def expect(self, last_of_window: bool) -> None:
@@ -95,15 +96,11 @@ class Instruments:
 
     def flush(self) -> dict[str, float]:
         """Bring the readings to the host; judge, warn, and explain what calls for it. Returns the largest signals."""
-        alerts, changes = len(self.watch.alerts), len(self.watch.changes)
         row = self.watch.flush()
-        self._troubles += [
-            Trouble("alarm", self.watch.step, a.step, a.task, a.reason)
-            for a in self.watch.alerts[alerts:]
-            if a.level == "alarm"
-        ]
-        alarms = [(a.step, a.reason) for a in self.watch.alerts[alerts:] if a.level == "alarm"]
-        began = [(c.since, f"{c.task}: {c.reason}") for c in self.watch.changes[changes:] if c.verdict == "suspected"]
+        alerts, changes = self.watch.take_news()
+        self._note_troubles(alerts, changes)
+        alarms = [(a.step, a.reason) for a in alerts if a.level == "alarm"]
+        began = [(c.since, f"{c.task}: {c.reason}") for c in changes if c.verdict == "suspected"]
         if alarms or began:
             self._explain(*min(alarms + began))
         self._recent.clear()
@@ -111,12 +108,16 @@ class Instruments:
 
     def take_troubles(self) -> list[Trouble]:
         """Return the alarms, and the divergences that a task is suspected of, since the last call."""
+        self._note_troubles(*self.watch.take_news())
         troubles, self._troubles = self._troubles, []
-        changes, self._judged = self.watch.changes[self._judged :], len(self.watch.changes)
-        return troubles + [
-            Trouble("verdict", change.step, change.since, change.task, change.reason)
-            for change in changes
-            if change.verdict == "suspected"
+        return troubles
+
+    def _note_troubles(self, alerts: list[Alert], changes: list[Change]) -> None:
+        self._troubles += [
+            Trouble("alarm", self.watch.step, a.step, a.task, a.reason) for a in alerts if a.level == "alarm"
+        ]
+        self._troubles += [
+            Trouble("verdict", c.step, c.since, c.task, c.reason) for c in changes if c.verdict == "suspected"
         ]
 
     def go_back(self, then: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +127,6 @@ class Instruments:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to see the same."""
         return {
-            "judged": self._judged,
             # The first batch of the next window is still to be met with this step's update.
             "kept_update": self.watch.kept_update() if self.reader.left == 0 else [],
             "snapshots": [[step, state] for step, state in self._snapshots],
@@ -142,7 +142,6 @@ class Instruments:
         self.reference.load_state_dict(state["reference"])
         self._explained, self._looked_ahead = list(state["explained"]), state["looked_ahead"]
         self._snapshots = [(step, dict(weights)) for step, weights in state["snapshots"]]
-        self._judged = state["judged"]
         self.watch.keep_again(state["kept_update"])
         self._recent.clear()
         self._troubles.clear()

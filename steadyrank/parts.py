@@ -105,6 +105,7 @@ class Progress(NamedTuple):
 
     step: int
     rows: int
+    """Rows of the log that are done: learned, or left out."""
     total_rows: int
     rows_per_s: float
     losses: Mapping[str, float]

@@ -73,8 +73,8 @@ class RecoveryConfig(Settings):
     rollback_then: Literal["damp", "skip_data", "both", "in_turn"] = "in_turn"
     """How a run goes on after a rollback. `damp`: smaller steps. `skip_data`: what came before the trouble is learned
     again, and the windows of the log from that in which it began to that in which it was seen are left out (from the
-    third time in a row on 1 more, then 3, ...). `both`. `in_turn`: `skip_data` twice, then `both`, since it is not the data
-    alone."""
+    third time in a row on 1 more, then 3, ...). `both`. `in_turn`: `skip_data` twice, then `both`: it is not the
+    data alone."""
     snapshot_every: int = Field(default=100, ge=1)
     """Steps between two snapshots in memory; none is taken while a task is suspected."""
     snapshot_budget_mb: float = Field(default=1024.0, ge=0)

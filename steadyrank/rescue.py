@@ -42,7 +42,7 @@ class Rescue:
         self.left_out: list[list[int]] = []
         """Windows of the log that are left out: the first of each stretch, and the one after its last."""
         self.rows_skipped = 0
-        self._skipped_to = [0, 0]
+        self._counted: dict[int, int] = {}  # of each window that is left out, its batches whose rows are counted
         self._windows: list[list[int]] = []
         self.returned_at = -1
         """The step at which training went back last: the state of that step is an earlier one."""
@@ -92,8 +92,8 @@ class Rescue:
         """Say whether a batch of the log is left out; its rows are counted once."""
         if not any(first <= window < end for first, end in self.left_out):
             return False
-        if [window, batch] > self._skipped_to:
-            self._skipped_to, self.rows_skipped = [window, batch], self.rows_skipped + rows
+        if batch > self._counted.get(window, 0):
+            self._counted[window], self.rows_skipped = batch, self.rows_skipped + rows
         return True
 
     def is_due(self, step: int) -> bool:
@@ -151,7 +151,7 @@ class Rescue:
             "damper": self.damper.state_dict(),
             "left_out": [list(stretch) for stretch in self.left_out],
             "rows_skipped": self.rows_skipped,
-            "skipped_to": list(self._skipped_to),
+            "counted": dict(list(self._counted.items())[-_WINDOWS:]),
             "windows": [list(begun) for begun in self._windows],
             "returned_at": self.returned_at,
             "counts": dict(self._counts),
@@ -162,6 +162,6 @@ class Rescue:
         self.ladder.load_state_dict(state["ladder"])
         self.damper.load_state_dict(state["damper"])
         self.left_out = [list(stretch) for stretch in state["left_out"]]
-        self.rows_skipped, self._skipped_to = state["rows_skipped"], list(state["skipped_to"])
+        self.rows_skipped, self._counted = state["rows_skipped"], dict(state["counted"])
         self._windows = [list(begun) for begun in state["windows"]]
         self.returned_at, self._counts = state["returned_at"], dict(state["counts"])

@@ -352,7 +352,14 @@ class Session:
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
             self.on_progress(
-                Progress(self.step, self.rows, self.parts.reader.rows, speed, losses, self.board.auc_so_far())
+                Progress(
+                    self.step,
+                    self.rows + self.rescue.rows_skipped,
+                    self.parts.reader.rows,
+                    speed,
+                    losses,
+                    self.board.auc_so_far(),
+                )
             )
         self._judge()
         self.persist(self.folder.flush)

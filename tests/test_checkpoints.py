@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from steadyrank.checkpoints import FORMAT, Checkpoints
+from steadyrank.checkpoints import FORMAT, Checkpoints, digest_of
 from steadyrank.errors import CheckpointError
 
 from .test_runs import files, small_disk
@@ -88,13 +88,9 @@ def test_whatever_is_damaged_the_one_before_is_used_and_it_is_said(kept: Checkpo
         found = kept.load_newest(said.append)
         assert found is not None
         step, loaded = found
-        if step == 2:  # what the manifest says besides, such as the time
-            assert path.name == "manifest.json"
-            assert float(loaded["model"]["w"][0, 0]) == 2.0
-        else:
-            assert (step, float(loaded["model"]["w"][0, 0])) == (1, 1.0)
-            assert len(said) == 1
-            assert "step_2" in said[0]
+        assert (step, float(loaded["model"]["w"][0, 0])) == (1, 1.0)
+        assert len(said) == 1
+        assert "step_2" in said[0]
 
 
 def test_a_missing_file_is_named(kept: Checkpoints) -> None:
@@ -134,6 +130,7 @@ def forge(folder: Path, name: str, data: bytes) -> None:
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest["sha256"] = digest_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -541,6 +541,9 @@ def test_the_windows_of_a_trouble_are_left_out_and_their_rows_counted_once(tmp_p
     again.leave_out(since=60, last=6, windows=2)  # what was left out before stays so
     assert sorted({window for window, batch in read if again.leaves_out(window, batch, rows=7)}) == [3, 4, 5, 6, 7]
     assert again.rows_skipped == 5 * 10 * 7
+    again.leave_out(since=15, last=1, windows=1)  # an earlier one, that was learned the first time
+    assert sum(again.leaves_out(window, batch, rows=7) for window, batch in read) == 6 * 10
+    assert again.rows_skipped == 6 * 10 * 7
 
 
 def test_a_trouble_that_began_in_a_window_that_is_left_behind_takes_the_oldest_that_is_known(tmp_path: Path) -> None:

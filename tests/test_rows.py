@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from steadyrank.data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig
-from steadyrank.data.rows import find_rows
+from steadyrank.data.rows import find_rows, show_rows
 from steadyrank.data.stream import Stream, StreamConfig
 from steadyrank.errors import DataError
 
@@ -56,3 +56,18 @@ def test_the_rows_of_a_shuffled_batch_are_found_in_the_stream_that_gave_them() -
         assert found["user"].to_pylist() == (batch.group).tolist()
         micros = found["time"].cast(pa.int64()).to_pylist()
         assert micros == batch.time.tolist()
+
+
+def test_what_python_has_no_value_for_is_shown_as_a_text(tmp_path: Path) -> None:
+    bad = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"\xff\xfeok")]
+    )
+    days = pa.array([-(2**31), 0], pa.int32()).cast(pa.date32())
+    ticks = pa.array([1, 2], pa.timestamp("ns"))
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"time": [1, 2], "name": bad, "day": days, "at": ticks}), path)
+    first, second = show_rows(ParquetLog(LogsConfig(path=str(path)), "time"), [0, 1])
+    assert (first["time"], first["name"]) == (1, "(no readable string)")
+    assert (second["name"], second["day"].isoformat()) == ("ok", "1970-01-01")
+    assert isinstance(first["day"], str)
+    assert str(first["at"]) == "1970-01-01 00:00:00.000000001"

@@ -25,8 +25,8 @@ from .source import Piece as Piece
 from .source import Source as Source
 
 PIECE_ROWS = 65_536
-# Of a large file Arrow reads each chunk through a buffer, as it would else hold a whole row group. Of a small one it does
-# not: it would take the memory that a page says it needs, up to 2 GB, before it looks whether the page is there.
+# A column's chunk of a large file is read through a buffer, as Arrow would else hold a whole row group. Not so of a small
+# file: through a buffer, Arrow takes the memory that a page is said to need, up to 2 GB, before it finds that it is not there.
 _SMALL_BYTES, _BUFFER_BYTES = 16 << 20, 1 << 20
 
 

@@ -23,6 +23,7 @@ from ..errors import ConfigError, DataError, near_path
 _TAIL_BYTES = 1 << 16
 _NS_PER_UNIT = {"milliseconds": 1_000_000, "microseconds": 1_000, "nanoseconds": 1}
 _NS_PER_DAY = 86_400_000_000_000
+_WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 
 
 class Folder:
@@ -195,7 +196,7 @@ def arrow_errors(file: str, row_group: int | None) -> Iterator[None]:
     where = file if row_group is None else f"{file}, row group {row_group}"
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{where}: not readable as Parquet, perhaps truncated or corrupt ({reason}); "
@@ -203,11 +204,11 @@ def arrow_errors(file: str, row_group: int | None) -> Iterator[None]:
         ) from error
 
 
-class _Unread(io.RawIOBase):
-    """Stands for a file of that size, and notes whether something was read."""
+class _OnePage(io.RawIOBase):
+    """Stands for a file of that size: wherever it is read first, there is `page`, and then nothing more."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.at, self.was_read = size, 0, False
+    def __init__(self, size: int, page: bytes) -> None:
+        self.size, self.at, self.page, self.left = size, 0, page, page
 
     def readable(self) -> bool:
         return True
@@ -223,38 +224,50 @@ class _Unread(io.RawIOBase):
         return self.at
 
     def read(self, size: int = -1, /) -> bytes:
-        self.was_read = True
-        return b""
+        given, self.left = self.left[:size], self.left[size:]
+        self.at += len(given)
+        return given
 
 
-def _check_column(footer: pq.FileMetaData, column: str, size: int) -> None:
-    """Raise Arrow's error where the footer tells nonsense about a column.
+def _page(width: int, nullable: bool) -> bytes:
+    """Return a data page of one row, null where it may be, that suits every codec (Parquet's DataPageHeaderV2)."""
+    values = b"\2\0" if nullable else bytes(width)  # a run of one level, 0; or one value, 0
+    size, nulls, levels = 2 * len(values), 2 * nullable, 4 * nullable  # Thrift's compact protocol doubles them
+    head = [0x15, 6, 0x15, size, 0x15, size, 0x5C, 0x15, 2, 0x15, nulls, 0x15, 2, 0x15, 0, 0x15, levels, 0x15, 0, 0x12]
+    return bytes([*head, 0, 0]) + values
 
-    Asked for its statistics, Arrow would not raise but end the process. Asked for its values, it looks at the same
-    parts of the footer, raises where one is bad, and only then reads (with `pre_buffer`, all row groups beforehand).
+
+def _check_column(footer: pq.FileMetaData, index: int, size: int) -> bool:
+    """Raise Arrow's error where the footer tells nonsense about a column; return whether that could be seen.
+
+    Asked for the statistics of a spoiled footer, Arrow would not raise but end the process. When it reads values, it
+    takes up the same parts of the footer, and raises: it is given a made-up page, so that nothing need be read.
     """
-    file = _Unread(size)
-    reader = pq.ParquetFile(pa.PythonFile(file, "r"), metadata=footer, pre_buffer=True)
-    try:
-        next(reader.iter_batches(1, columns=[column], use_threads=False), None)
-    except (pa.ArrowException, OSError):
-        if not file.was_read:
-            raise
+    column = footer.schema.column(index)
+    page = _page(_WIDTHS[column.physical_type], column.max_definition_level > 0)
+    file = _OnePage(size, page)
+    reader = pq.ParquetFile(pa.PythonFile(file, "r"), metadata=footer, buffer_size=len(page), pre_buffer=False)
+    for i in range(footer.num_row_groups):
+        file.left = page
+        reader.read_row_group(i, columns=[column.path], use_threads=False)
+        chunk = footer.row_group(i).column(index)
+        if chunk.physical_type != column.physical_type:  # this ends the process, too
+            raise ValueError(f"column '{column.path}' is {chunk.physical_type} in a row group only")
+        if chunk.total_compressed_size < len(page):
+            return False
+    return True
 
 
 def _time_span(footer: pq.FileMetaData, time: str, size: int) -> tuple[int | float, int | float] | None:
     """Return the first and the last time of a file as its statistics give them, None where a row group has none."""
     index = next((i for i in range(footer.num_columns) if footer.schema.column(i).path == time), None)
-    if index is None:
+    if index is None or not _is_plain(footer.schema.column(index)) or not _check_column(footer, index, size):
         return None
-    _check_column(footer, time, size)
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     times: list[int | float] = []
-    for group in (group for group in groups if group.num_rows):
-        chunk = group.column(index)
-        if chunk.physical_type != footer.schema.column(index).physical_type:  # this ends the process, too
-            raise ValueError(f"column '{time}' is {chunk.physical_type} in a row group only")
-        found = chunk.statistics
+    for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
+        if not group.num_rows:
+            continue
+        found = group.column(index).statistics
         if found is None or not found.has_min_max:
             return None
         # Raw, as the next file may hold another unit, and `min` needs pandas for nanoseconds.
@@ -265,6 +278,11 @@ def _time_span(footer: pq.FileMetaData, time: str, size: int) -> tuple[int | flo
             return None
         times += span
     return (min(times), max(times)) if times else None
+
+
+def _is_plain(column: pq.ColumnSchema) -> bool:
+    """Return whether a column holds one number a row."""
+    return column.physical_type in _WIDTHS and column.max_repetition_level == 0 and column.max_definition_level < 2
 
 
 def _folder_keys(path: str, physical: pa.Schema) -> dict[str, str | None]:

@@ -237,6 +237,7 @@ class _Task:
             self.last = max(self.last, source.last)
         if event == "began" and not self.open:
             self.open, self.returned = True, False
+            del self.episodes[1:-998]  # the first and the newest ones: a run without an end must not grow
             self.episodes.append({"first": source.first, "last": None, "reason": source.reason})
             return [self._change("suspected", step)]
         return self._close(step) if self.open and not source.open else []

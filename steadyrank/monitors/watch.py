@@ -28,6 +28,7 @@ from .tasks import find_conflict
 from .verdict import Change, VerdictConfig, Verdicts
 from .warning import Alert, EarlyWarning, WarningConfig
 
+_KEPT = 1000  # alerts and changes: a run without an end must not grow
 _REMEMBERED = 200  # steps whose signals a cause report compares with
 TaskKind = Literal["binary", "regression"]
 
@@ -123,9 +124,10 @@ class Watch:
         self.step = 0
         """Steps seen so far."""
         self.alerts: list[Alert] = []
-        """Warnings so far, first to last."""
+        """The last thousand warnings, first to last."""
         self.changes: list[Change] = []
-        """Changes of verdicts so far."""
+        """The last thousand changes of verdicts."""
+        self._news: list[Alert | Change] = []
         self.keep_update = False
         """Keep the coming step's update for `headroom`, though it is not due."""
         held = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
@@ -290,6 +292,11 @@ class Watch:
     def window(self, row: Mapping[str, float]) -> list[Change]:
         """Judge the metrics of a progressive window that ends at this step (`normalised_entropy/<task>` and so on)."""
         return self._note(self.verdicts.add_window(self.step, row))
+
+    def take_news(self) -> tuple[list[Alert], list[Change]]:
+        """Return the warnings and the changes of verdicts since the last call."""
+        news, self._news = self._news, []
+        return [n for n in news if isinstance(n, Alert)], [n for n in news if isinstance(n, Change)]
 
     def close(self) -> str:
         """Flush, take the hooks away, and return what was seen: the verdict of each task, and the warnings."""
@@ -461,7 +468,8 @@ class Watch:
             self.folder.append(table, step, row)
 
     def _warn(self, alerts: list[Alert]) -> None:
-        self.alerts += alerts
+        self.alerts = [*self.alerts, *alerts][-_KEPT:]
+        self._news = [*self._news, *alerts][-_KEPT:]
         if self.folder is not None:
             for alert in alerts:
                 detail = {"level": alert.level, "sign": alert.sign, "task": alert.task, "layer": alert.layer}
@@ -470,7 +478,8 @@ class Watch:
                 )
 
     def _note(self, changes: list[Change]) -> list[Change]:
-        self.changes += changes
+        self.changes = [*self.changes, *changes][-_KEPT:]
+        self._news = [*self._news, *changes][-_KEPT:]
         if self.folder is not None:
             for change in changes:
                 message = f"{change.task}: {change.verdict.replace('_', ' ')}: {change.reason}"

@@ -32,6 +32,7 @@ VERDICTS = {
 """The verdicts from the worst to the best: their mark and their name."""
 _TOLD = (
     *("step", "time", "kind", "message", "quantities", "task", "layer", "level", "file", "reason", "verdict", "since"),
+    *("done", "then", "action", "process"),
 )
 
 
