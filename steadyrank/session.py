@@ -351,16 +351,9 @@ class Session:
         self._write("steps", self.step, {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
-            self.on_progress(
-                Progress(
-                    self.step,
-                    self.rows + self.rescue.rows_skipped,
-                    self.parts.reader.rows,
-                    speed,
-                    losses,
-                    self.board.auc_so_far(),
-                )
-            )
+            rows = self.rows + self.rescue.rows_skipped
+            auc = self.board.auc_so_far()
+            self.on_progress(Progress(self.step, rows, self.parts.reader.rows, speed, losses, auc))
         self._judge()
         self.persist(self.folder.flush)
 

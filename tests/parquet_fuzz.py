@@ -1,7 +1,7 @@
-"""Spoiled Parquet files, each read in a child process: what Arrow does to a process then shows as its exit status.
+"""Parquet files whose footer and page headers lie, each read in a child: what that does to a process then shows.
 
-`python -m tests.parquet_fuzz FOLDER FIRST LAST` reads the files that the seeds from FIRST to LAST - 1 give, and those of
-LIES where there is no such seed. A child reads one after the other; where it dies, the next one goes on behind that.
+`python -m tests.parquet_fuzz FOLDER FIRST LAST` reads those of LIES, then those that the seeds from FIRST to LAST - 1
+give. A child reads one after the other; where it dies, the next one goes on behind that.
 """
 
 import faulthandler
@@ -238,7 +238,7 @@ def spoil(folder: Path, case: str) -> bytes:
     return draw.choice(SPOILERS)(raw, draw)
 
 
-def lie_everywhere(value: int, *path: int) -> Callable[[bytes], bytes]:
+def lie_everywhere(value: int | bytes, *path: int) -> Callable[[bytes], bytes]:
     """Return what sets a number in every row group, chunk or schema element; the footer's field numbers lead there."""
 
     def set_at(tree: Any, fields: tuple[int, ...]) -> None:
@@ -287,6 +287,7 @@ LIES: dict[str, Callable[[bytes], bytes]] = {
     "bytes of a chunk": lie_everywhere(2**60, 4, 1, 3, 7),
     "2 GB in a chunk": lie_everywhere(MOST, 4, 1, 3, 7),
     "where values begin": lie_everywhere(2**60, 4, 1, 3, 9),
+    "width of a statistic": lie_everywhere(b"\1", 4, 1, 3, 12, 6),
     "columns": lie_everywhere(MOST, 2, 5),
     "width of a value": lie_everywhere(MOST, 2, 2),
     "page, plain": lie_in_pages(MOST, 0, 2),
@@ -412,5 +413,4 @@ def peak_mb() -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    first, last = map(int, sys.argv[2:])
-    print(json.dumps(read_all(Path(sys.argv[1]), [str(case) for case in range(first, last)] or list(LIES))))
+    print(json.dumps(read_all(Path(sys.argv[1]), [*LIES, *map(str, range(int(sys.argv[2]), int(sys.argv[3])))])))

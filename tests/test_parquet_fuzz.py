@@ -159,14 +159,16 @@ def flip_bits(folder: Path) -> None:
     for table, options in ((time, {}), (words, {"compression": "none"})):
         raw = to_bytes(table, store_schema=table is words, **options)
         footer = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+        path.write_bytes(raw)
         for at in range(footer, len(raw)) if table is time else range(4, footer):
             for bit in range(8):
-                path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+                with path.open("r+b") as stream:  # truncating the file would take longer than all else
+                    stream.write(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
                 print(f"byte {at}, bit {bit}", end=": ", flush=True)
                 try:
                     log = ParquetLog(LogsConfig(path=str(path)), "time")
                     if table is words:
-                        pq.write_table(pa.concat_tables(piece.table for piece in log.pieces()), folder / "copy.parquet")
+                        to_bytes(pa.concat_tables(piece.table for piece in log.pieces()))
                     print("good", flush=True)
                 except SteadyRankError:
                     print("refused", flush=True)

@@ -25,8 +25,8 @@ from .source import Piece as Piece
 from .source import Source as Source
 
 PIECE_ROWS = 65_536
-# A column's chunk of a large file is read through a buffer, as Arrow would else hold a whole row group. Not so of a small
-# file: through a buffer, Arrow takes the memory that a page is said to need, up to 2 GB, before it finds that it is not there.
+# A column's chunk of a large file is read through a buffer: Arrow would else hold a whole row group. Not so that of a
+# small file: through a buffer Arrow takes all that a page is said to need, up to 2 GB, before it finds it missing.
 _SMALL_BYTES, _BUFFER_BYTES = 16 << 20, 1 << 20
 
 
