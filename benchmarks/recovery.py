@@ -44,7 +44,6 @@ INCIDENTS = {
     "ratings 10 times too large": "kind='units', target='rating', strength=10.0",
     "ratings 3 times too large": "kind='units', target='rating', strength=3.0",
     "watch times a million times too large": "kind='units', target='watch_time', strength=1e6",
-    "a number 100 times too large": "kind='units', target='noisy_10', strength=100.0",
 }
 ON = ("recovery.mode='on'",)
 BASE = (
@@ -248,7 +247,7 @@ def _row(name: str, way: str, before: list[Outcome], after: list[Outcome]) -> st
 def main() -> None:
     """Run both parts, and print or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write the results file beside this script")
     arguments = parser.parse_args()

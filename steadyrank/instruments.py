@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .data.logs import Reader
-from .data.rows import find_rows
+from .data.rows import show_rows
 from .errors import CheckpointError
 from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
@@ -201,7 +201,7 @@ class Instruments:
             earlier=earlier,
             since=since,
             why=why,
-            look_up=lambda rows: find_rows(self.reader.source, rows).to_pylist(),
+            look_up=lambda rows: show_rows(self.reader.source, rows),
         )
 
     def _earlier(self, step: int) -> Earlier | None:

@@ -24,7 +24,7 @@ from .settings import Settings
 
 Rung = Literal["skip", "damp", "rollback", "stop"]
 Trigger = Literal["bad_steps", "verdict", "alarm"]
-_SKIPS_ALONE = 2
+_SKIPS_ALONE = 3
 LEAST_SCALE = 1e-3
 """Damping again and again ends here: below it a model does not learn at all."""
 _BOUND = ("variable_relative_threshold", "absolute_threshold", "accumulator_relative_threshold")  # of a group
@@ -60,7 +60,7 @@ class RecoveryConfig(Settings):
     skips: int = Field(default=10, ge=0)
     """With `skip` in the ladder: bad steps within `calm_steps`, and since the last action, that are simply gone on
     from. One more calls for the next rung."""
-    tries: int = Field(default=3, ge=1)
+    tries: int = Field(default=5, ge=1)
     """How often `damp`, and `rollback`, are tried before the next rung."""
     patience_steps: int = Field(default=200, ge=1)
     """Steps that an action is given to work; a task that is suspected after them calls for the next try or rung."""
@@ -73,7 +73,7 @@ class RecoveryConfig(Settings):
     rollback_then: Literal["damp", "skip_data", "both", "in_turn"] = "in_turn"
     """How a run goes on after a rollback. `damp`: smaller steps. `skip_data`: what came before the trouble is learned
     again, and the windows of the log from that in which it began to that in which it was seen are left out (from the
-    third time in a row on 1 more, then 3, ...). `both`. `in_turn`: `skip_data` twice, then `both`: it is not the
+    fourth time in a row on 1 more, then 3, ...). `both`. `in_turn`: `skip_data` three times, then `both`: it is not the
     data alone."""
     snapshot_every: int = Field(default=100, ge=1)
     """Steps between two snapshots in memory; none is taken while a task is suspected."""

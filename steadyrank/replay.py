@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .data.logs import Cursor
-from .data.rows import find_rows
+from .data.rows import show_rows
 from .errors import CheckpointError, DataError
 from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
@@ -222,7 +222,7 @@ class _Walk:
             trails=trails,
             earlier=earlier,
             why=why,
-            look_up=lambda rows: find_rows(source, rows).to_pylist(),
+            look_up=lambda rows: show_rows(source, rows),
         )
 
     def _keep_state(self, now: int) -> None:
