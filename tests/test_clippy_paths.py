@@ -444,6 +444,7 @@ def test_compiled_by_torch_it_takes_the_same_step() -> None:
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_traced_by_torch_it_equals_the_authors_code() -> None:
     golden(CASES[0])  # skips where the recordings are absent
     root = Path(__file__).resolve().parents[1]

@@ -119,6 +119,7 @@ def events_of(folder: RunFolder) -> list[str]:
     return [json.dumps({k: v for k, v in e.items() if k not in ("time", "file")}) for e in told]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_and_warns_as_the_run_that_went_through(tmp_path: Path) -> None:
     incident = f"data.incidents=[{UNITS % 0.6}]"
     config = tiny(*LONGER, incident, "train.checkpoint_every=33", "watch.snapshot_every=1000")
@@ -157,6 +158,7 @@ def test_an_incident_is_warned_of_and_explained(tmp_path: Path) -> None:
     assert cause["earlier_steps"] >= 10
 
 
+@pytest.mark.slow
 def test_causes_are_few_and_far_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     incidents = ", ".join(UNITS % at for at in (0.55, 0.8))
     again = (*LONGER, "data.rows=5_120", "watch.warning.quiet_steps=1", f"data.incidents=[{incidents}]")
