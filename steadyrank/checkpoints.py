@@ -81,8 +81,9 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
                 draft.mkdir(parents=True)
                 files = _write(draft, plain, packed.tensors)
-                facts = {"format": FORMAT, "steadyrank": _version(), "step": step, "kind": kind, "healthy": healthy}
-                facts |= {"day": day, "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": files}
+                facts = {"format": FORMAT, "steadyrank": version_of("steadyrank"), "step": step, "kind": kind}
+                saved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                facts |= {"healthy": healthy, "day": day, "saved": saved, "files": files}
                 replace(draft / _MANIFEST, to_json({**facts, "sha256": digest_of(facts)}))
                 sync(draft)
                 swap(draft, final)
@@ -101,8 +102,8 @@ class Checkpoints:
         if facts.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path}: format {FORMAT} was expected, but it says format {facts.get('format')} (written by "
-                f"steadyrank {facts.get('steadyrank')}, this is {_version()}); use the version that wrote it, or train "
-                "anew"
+                f"steadyrank {facts.get('steadyrank')}, this is {version_of('steadyrank')}); use the version that "
+                "wrote it, or train anew"
             )
         if facts.get("sha256") != digest_of(facts):
             raise CheckpointError(f"{path} is damaged: its sha256 is not that of what it says")
@@ -316,8 +317,9 @@ def _name(step: int | None) -> str:
     return "" if step is None else str(step)
 
 
-def _version() -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package, from its metadata: importing pyarrow only to ask takes a while."""
     try:
-        return importlib.metadata.version("steadyrank")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"

@@ -12,7 +12,6 @@ report.html, tensorboard/, .lock
 Readings and events are journals (journal.py): where their size is bounded they go on in T.1.jsonl, T.2.jsonl, ...
 """
 
-import importlib.metadata
 import itertools
 import json
 import math
@@ -30,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Shaped
 
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, version_of
 from .errors import CheckpointError, ConfigError
 from .files import decode, read_lines, read_object, read_text, refuse_link, replace, to_json, writing
 from .journal import Journal, Mark
@@ -364,14 +363,14 @@ def _check_format(path: Path, facts: Mapping[str, Any]) -> None:
     if facts.get("format") not in _READABLE:
         raise CheckpointError(
             f"{path}: format {FORMAT} was expected, but it says format {facts.get('format')} (written by steadyrank "
-            f"{facts.get('steadyrank')}, this is {_version('steadyrank')}); use the version that wrote it, or upgrade"
+            f"{facts.get('steadyrank')}, this is {version_of('steadyrank')}); use the version that wrote it, or upgrade"
         )
 
 
 def _environment() -> dict[str, Any]:
     return {
         "format": FORMAT,
-        **{name: _version(name) for name in ("steadyrank", "torch", "numpy", "pyarrow")},
+        **{name: version_of(name) for name in ("steadyrank", "torch", "numpy", "pyarrow")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
@@ -379,11 +378,3 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _version(package: str) -> str:
-    # Read from the metadata, since importing pyarrow only to ask takes a while.
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

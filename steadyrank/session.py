@@ -106,14 +106,14 @@ class Session:
         """Save everything that a resume needs; one that is made `aside` leaves no trace in what the run does later."""
         config, regular = self.parts.config, kind == "regular"
         self._flush()
+        if not regular and self.step in self.folder.checkpoints.steps():
+            return
         self._gather_troubles()
         healthy = self._is_healthy()
         if regular:
             self.persist(lambda: self.folder.turn_over(config.max_readings_mb * 1e6))
             self.rescue.ring.clear()  # from here on the checkpoint is what one returns to: the same after a resume
         state = self.state_dict()
-        if not regular and self.step in self.folder.checkpoints.steps():
-            return
         if not regular:
             state["ring"] = self.rescue.ring_state()
         self.persist(lambda: self.folder.checkpoints.save(self.step, state, kind=kind, healthy=healthy, day=day))

@@ -62,9 +62,6 @@ class _Rows(NamedTuple):
         chunks = [_Rows(empty, empty, empty, np.empty(0, np.int64)), *chunks]
         return _Rows(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Rows":
-        return self  # never written to: a snapshot of the metrics shares them
-
     def take(self, index: Any) -> "_Rows":
         return _Rows(*(part[index] for part in self))
 
