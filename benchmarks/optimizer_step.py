@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steadyrank import ClippyAdagrad, ClippyAdam, RowWiseAdagrad, __version__
-from steadyrank.optim import fused
+from steadyrank import ClippyAdagrad, ClippyAdam, RowWiseAdagrad, __version__, native
 
 Step = Callable[[], Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,7 +181,7 @@ def main() -> None:
         "",
         f"`python benchmarks/optimizer_step.py --rounds {arguments.rounds} --write`, steadyrank {__version__}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}, C kernel "
-        f"{'built' if fused.available() else 'not built'}.",
+        f"{'built' if native.available() else 'not built'}.",
         "A shared machine: read the ratios, not the milliseconds. Ratios are taken within each round.",
         "",
     ]

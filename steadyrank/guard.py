@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .monitors.dynamics import with_inner
+from .native.rows import coalesce
 from .optim import kernels
 from .optim.guarded import STEP, GuardedOptimizer, innermost
 from .optim.wrap import ClipGradients
@@ -84,7 +85,7 @@ def quarantine(parameters: Iterable[Tensor], ask: bool = True) -> dict[Tensor, R
         grad = parameter.grad
         if grad is None or not grad.is_sparse:
             continue
-        grad = grad.coalesce()
+        grad = coalesce(grad)
         rows_R, values = grad.indices()[0], grad.values()
         sizes_R = values.abs().flatten(1).amax(1) if values.numel() else values.new_zeros(len(rows_R))
         good_R = sizes_R <= gradient_limit(values.dtype)  # false for NaN
@@ -261,7 +262,7 @@ class Before:
             if rows is None and refuses(optimizer):
                 continue
             if rows is None and parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()  # as the optimizer does
+                parameter.grad = coalesce(parameter.grad)  # as the optimizer does
                 rows_R = parameter.grad.indices()[0]
                 rows = Rows(rows_R, torch.ones_like(rows_R, dtype=torch.bool))
             if rows is not None:

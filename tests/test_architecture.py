@@ -24,7 +24,7 @@ LAYERS = [
     ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
     ["checkpoints", "journal"],
-    ["files", "stopping"],
+    ["files", "stopping", "native", "precision"],
     ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from steadyrank import native
 from steadyrank.errors import ConfigError
 from steadyrank.optim import ClippyAdagrad, ClippyAdam, ClippyAdamW, bounded, fused
 from steadyrank.testing import step_clippy_adam_twin, step_clippy_twin
 
 from .test_clippy import CASES, FORMS, as_gradient, assert_near, golden, options, param, rows_gradient
 
-HAS_COMPILER = fused.available()
+HAS_COMPILER = native.available()
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler on PATH")
 PATHS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
@@ -248,7 +249,7 @@ def test_fused_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_COMPILER:
         with pytest.raises(ConfigError, match="parameter 'top' cannot be stepped by the fused kernel: on the CPU"):
             step(param([1.0], torch.float64))
-    fused._library.cache_clear()
+    native._library.cache_clear()
     monkeypatch.setenv("PATH", "")
     try:
         with pytest.raises(ConfigError, match="fused: there is no C compiler here"):
@@ -258,7 +259,7 @@ def test_fused_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ClippyAdagrad([weight]).step()  # without fused=True the other path serves
         assert weight < 1
     finally:
-        fused._library.cache_clear()
+        native._library.cache_clear()
 
 
 @needs_compiler
@@ -268,23 +269,23 @@ def test_a_compiler_that_fails_is_named_once_and_the_next_one_tried(
     broken, calls = tmp_path / "gcc", tmp_path / "calls"
     broken.write_text(f"#!/bin/sh\necho call >> {calls}\necho broken on purpose >&2\nexit 1\n")
     broken.chmod(0o755)
-    fused._library.cache_clear()
+    native._library.cache_clear()
     monkeypatch.setenv("CC", str(broken))
     try:
-        assert fused.available()  # $CC fails, the machine's own compiler does not
-        fused._library.cache_clear()
+        assert native.available()  # $CC fails, the machine's own compiler does not
+        native._library.cache_clear()
         monkeypatch.delenv("CC")
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin") if not Path("/bin/cc").exists() else monkeypatch.setenv(
             "PATH", str(tmp_path)
         )
         calls.unlink()
         for _ in range(3):
-            assert not fused.available()
+            assert not native.available()
         with pytest.raises(ConfigError, match=r"gcc failed: .*; or leave fused None"):
-            fused.available(must=True)
+            native.available(must=True)
         assert calls.read_text().count("call") <= 1
     finally:
-        fused._library.cache_clear()
+        native._library.cache_clear()
 
 
 @paths

@@ -4,13 +4,16 @@ Shapes: B rows, F one-valued id features, N looked-up ids, D width of an embeddi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own convention
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from ..native.rows import gather, sparse_gradient
+from ..precision import compute_dtype
 from ..schema import Batch, NumberFeature, Ragged, Schema
 from .layers import fill_uniform
 
@@ -84,6 +87,24 @@ class _Plan(NamedTuple):
         return torch.stack([ids_BF[:, j] for j in self.columns], 1) if self.columns else ids_BF[:, :0]
 
 
+class LookUp(torch.autograd.Function):
+    """`weight_RD[ids_N]` in a given dtype, with a sparse gradient in which, on a CPU, each row comes up once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_RD: Tensor, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the rows [N, D]."""
+        ctx.save_for_backward(ids_N)
+        ctx.size, ctx.dtype = weight_RD.shape, weight_RD.dtype
+        return gather(weight_RD, ids_N, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the weights."""
+        (ids_N,) = ctx.saved_tensors
+        return sparse_gradient(ids_N, grad_ND.contiguous(), ctx.size).to(ctx.dtype), None, None
+
+
 def look_up(
     weight_RD: Float[Tensor, "rows width"],
     ids_BF: Int64[Tensor, "batch features"],
@@ -110,9 +131,11 @@ def look_up(
     """
     (rows, features), width = ids_BF.shape, weight_RD.shape[1]
     if not lists:
-        return [F.embedding(ids_BF.reshape(-1), weight_RD, sparse=True).view(rows, features * width)]
+        found: Tensor = LookUp.apply(weight_RD, ids_BF.reshape(-1), compute_dtype(weight_RD))
+        return [found.view(rows, features * width)]
     ids_N, starts, shares_N = _join_bags(ids_BF, lists, means, weight_RD.dtype)
     pooled = F.embedding_bag(ids_N, weight_RD, starts, mode="sum", sparse=True, per_sample_weights=shares_N)
+    pooled = pooled.to(compute_dtype(weight_RD))
     first, *rest = pooled.split([rows * features] + [rows] * len(lists))
     return [first.view(rows, features * width), *rest] if features else rest
 
@@ -227,4 +250,5 @@ class NumberInputs(nn.Module):
                     old.copy_(new)
         x_BX = torch.where(present_BX, x_BX, mean)
         x_BX = torch.where(self.standardise, (x_BX - mean) / std, x_BX)
-        return torch.cat([x_BX.to(numbers_BX.dtype), (~present_BX).to(numbers_BX.dtype)], 1)
+        dtype = compute_dtype(numbers_BX)
+        return torch.cat([x_BX.to(dtype), (~present_BX).to(dtype)], 1)

@@ -33,8 +33,22 @@ def fill_uniform(weight: Tensor, std: float, generator: torch.Generator) -> None
         weight.uniform_(-bound, bound, generator=generator)
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer that computes in its weights' own precision, also under autocast: what makes logits."""
+
+    def forward(self, input: Float[Tensor, "batch width_in"]) -> Float[Tensor, "batch width_out"]:
+        """Return the output, in the weights' dtype."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 def make_linear(
-    width_in: int, width_out: int, generator: torch.Generator, bias: bool = True, gain: float = 1.0
+    width_in: int,
+    width_out: int,
+    generator: torch.Generator,
+    bias: bool = True,
+    gain: float = 1.0,
+    kind: type[nn.Linear] = nn.Linear,
 ) -> nn.Linear:
     """Make a linear layer, its bias zero and its weights drawn uniformly with variance `gain**2 / width_in`.
 
@@ -47,7 +61,7 @@ def make_linear(
 
     Source: LeCun et al., Efficient BackProp, 1998; He et al., arXiv 1502.01852, equation 10.
     """
-    made = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=bias, device=generator.device)
+    made = nn.utils.skip_init(kind, width_in, width_out, bias=bias, device=generator.device)
     layer = cast(nn.Linear, made)
     fill_uniform(layer.weight, gain / math.sqrt(width_in), generator)
     if bias:

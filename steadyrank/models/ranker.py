@@ -13,11 +13,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ..errors import ConfigError, check_known
+from ..precision import computing_in
 from ..schema import Batch, PositionFeature, Schema
 from ..settings import Settings
 from .cross import CrossConfig, CrossNet
 from .embeddings import EmbeddingTables, NumberInputs
-from .layers import MLP, Activation, Style, make_linear, module_keys
+from .layers import MLP, Activation, ExactLinear, Style, make_linear, module_keys
 from .trunks import SharedBottomConfig, TrunkConfig, build_trunk
 
 
@@ -169,6 +170,8 @@ class Ranker(nn.Module):
             }
         )
         self.position = _make_position(schema, config.position, generator.device)
+        self.precision: torch.dtype = torch.float32
+        """In which the layers compute: float32, or bfloat16 by autocast. Weights stay in float32."""
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch tasks"]:
         """Return the logits: with the position logit in training mode, without it in evaluation mode (serving)."""
@@ -184,12 +187,13 @@ class Ranker(nn.Module):
         return BothLogits(serving_BK, serving_BK + self.position(batch.positions))
 
     def score(self, batch: Batch) -> Float[Tensor, "batch tasks"]:
-        """Return the logits without the position logit."""
-        x_BD = self.embed(batch)
-        if self.cross is not None:
-            x_BD = self.cross(x_BD)
-        shared = self.trunk(x_BD)
-        return torch.cat([tower(h_BH) for tower, h_BH in zip(self.towers.values(), shared, strict=True)], 1)
+        """Return the logits without the position logit, in float32 in whatever precision the layers compute."""
+        with computing_in(self.precision, batch.time.device):
+            x_BD = self.embed(batch)
+            if self.cross is not None:
+                x_BD = self.cross(x_BD)
+            shared = self.trunk(x_BD)
+            return torch.cat([tower(h_BH) for tower, h_BH in zip(self.towers.values(), shared, strict=True)], 1)
 
     def embed(self, batch: Batch) -> Float[Tensor, "batch width"]:
         """Return the model's input: embeddings, then numbers, then their flags."""
@@ -216,7 +220,7 @@ def _make_tower(
     width_in: int, widths: Sequence[int], style: Style, generator: torch.Generator, start: float
 ) -> nn.Sequential:
     hidden = MLP(width_in, widths, style, generator)
-    output = make_linear(hidden.width_out, 1, generator)
+    output = make_linear(hidden.width_out, 1, generator, kind=ExactLinear)
     nn.init.constant_(output.bias, start)
     hidden.add_module("output", output)
     return hidden

@@ -200,6 +200,7 @@ def mix_experts(
     >>> mix_experts(torch.tensor([[0.25, 0.75]]), [torch.tensor([[4.0]]), torch.tensor([[8.0]])])
     tensor([[7.]])
     """
+    shares_BE = shares_BE.to(outputs[0].dtype)  # under autocast the softmax is in float32, what it mixes is not
     # A loop over so few experts is twice as fast on a CPU as a batched product of tiny matrices.
     mixed = shares_BE[:, :1] * outputs[0]
     for e, output_BH in enumerate(outputs[1:], start=1):

@@ -1,5 +1,6 @@
 """Row-wise Adagrad, for embedding tables."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..errors import ConfigError
+from ..native.rows import can_step, coalesce, step_rowwise_adagrad
 from . import kernels
-from .guarded import SUM, GuardedOptimizer, parameter_label, take_in, wide_dtype
+from .guarded import BAD_STEPS, SUM, GuardedOptimizer, Touched, parameter_label, take_in, wide_dtype
 
 
 class RowWiseAdagrad(GuardedOptimizer):
@@ -67,9 +69,27 @@ class RowWiseAdagrad(GuardedOptimizer):
         rows = kernels.row_mean_square(param.detach().to(wide_dtype(param.dtype)))  # in the right place, if in shards
         return {**super()._fresh_state(param, group), SUM: torch.full_like(rows, start)}
 
+    def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
+        """Leave the rows where they are if they can be stepped there: gathering them costs more than the step."""
+        grad = param.grad
+        if grad is not None and grad.is_sparse and grad.sparse_dim() == 1 and math.isfinite(group["lr"]):
+            state, grad = self.state[param], coalesce(grad)
+            if not state:
+                state.update(self._fresh_state(param, group))
+            if can_step(param, state[SUM], grad):
+                return Touched(param, param, grad, state)
+        return super()._touch(param, index, group)
+
     def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         total, eps = state[SUM], group["eps"]
         # (sqrt(G) + eps)^2 is never below G + eps^2.
-        grad, lr, _ = take_in(grad, state, group, group["initial_accumulator_value"] + eps**2)
+        floor = group["initial_accumulator_value"] + eps**2
+        if grad.is_sparse:
+            rate = float(group["lr"])
+            limit = kernels.gradient_limit(total.dtype, rate, floor) / math.sqrt(max(1, weight[:1].numel()))
+            taken = step_rowwise_adagrad(weight, total, grad, -rate if group["maximize"] else rate, eps, float(limit))
+            state[BAD_STEPS].add_(not taken)
+            return
+        grad, lr, _ = take_in(grad, state, group, floor)
         total.add_(kernels.row_mean_square(grad))
         weight.sub_(kernels.rowwise_delta(grad, total, lr, eps))

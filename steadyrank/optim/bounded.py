@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .. import native
 from ..errors import ConfigError, check_known
 from . import fused, kernels
 from .guarded import BAD_STEPS, CHUNK, GuardedOptimizer, Touched, check_not_negative, parameter_label, wide_dtype
@@ -49,7 +50,7 @@ class BoundedOptimizer(GuardedOptimizer):
     """Whether the base's step is zero where the gradient is."""
 
     def _kind(self, group: dict[str, Any]) -> int:
-        """Return the base's number in fused.c."""
+        """Return the base's number in clippy.c."""
         raise NotImplementedError
 
     def _before(self, touched: list[Touched], grads: list[Tensor], usable: list[Tensor], group: dict[str, Any]) -> None:
@@ -125,7 +126,7 @@ class BoundedOptimizer(GuardedOptimizer):
             (taken if fused.takes(each, self.row_states) else rest).append(each)
         if must:
             self._check_fused(rest, group)
-        if not taken or not self._plain(group) or not fused.available(must) or not math.isfinite(float(group["lr"])):
+        if not taken or not self._plain(group) or not native.available(must) or not math.isfinite(float(group["lr"])):
             return touched
         fused.step(taken, self.row_states, self._fused_options(group))
         for each in taken:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, ConfigError
+from ..native.rows import coalesce, gather, put_back
 from . import kernels
 
 STEP = "step"
@@ -248,19 +249,19 @@ class GuardedOptimizer(Optimizer):
                 f"{parameter_label(group, index)} has a gradient of layout {grad.layout}; expected a dense one, or a "
                 "sparse COO one over the first dimension only, as an embedding with sparse=True gives"
             )
-        grad = grad.coalesce()
+        grad = coalesce(grad)
         rows = grad.indices()[0]
-        gathered = {key: state[key].index_select(0, rows) for key in self.row_states if key in state}
-        return Touched(param, param.index_select(0, rows), grad.values(), {**state, **gathered}, rows)
+        gathered = {key: gather(state[key], rows) for key in self.row_states if key in state}
+        return Touched(param, gather(param, rows), grad.values(), {**state, **gathered}, rows)
 
     def _put_back(self, touched: Touched) -> None:
         if touched.rows is None:
             return
-        touched.param.index_copy_(0, touched.rows, touched.weight)
+        put_back(touched.param, touched.rows, touched.weight)
         state = self.state[touched.param]
         for key in self.row_states:
             if key in state:
-                state[key].index_copy_(0, touched.rows, touched.state[key])
+                put_back(state[key], touched.rows, touched.state[key])
 
 
 def _check_in_one_group(group: dict[str, Any], before: set[int], error: ValueError) -> None:

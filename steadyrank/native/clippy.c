@@ -1,4 +1,4 @@
-/* One step of Clippy for all float32 parameters of a group, on the CPU. Compiled where it is used, by fused.py.
+/* One step of Clippy for all float32 parameters of a group, on the CPU. Compiled where it is used, by __init__.py.
  *
  * Memory traffic is the cost, so a tensor takes one of two ways through memory:
  *   try     (its last step was not clipped)  read g once to know that it is finite; then one pass that applies each
