@@ -26,6 +26,7 @@ from .optim import (
     build_optimizer,
     split_parameters,
 )
+from .precision import Precision, choose_precision
 from .recovery import RecoveryConfig
 from .runs import RunFolder
 from .schema import Schema
@@ -132,7 +133,13 @@ class RunConfig(Settings):
             ConfigError: This machine has no memory for it.
         """
         check_memory(self.schema_, self.model)
-        return Ranker(self.schema_, self.model, torch.Generator().manual_seed(self.seed))
+        model = Ranker(self.schema_, self.model, torch.Generator().manual_seed(self.seed))
+        model.precision = self.choose_precision(model, torch.device("cpu")).dtype
+        return model
+
+    def choose_precision(self, model: Ranker, device: torch.device) -> Precision:
+        """Decide in which precision the layers of `model` compute on `device`."""
+        return choose_precision(self.train.precision, device, model.summary().dense, self.reader.batch_size)
 
     def build_optimizers(self, model: Ranker) -> dict[str, torch.optim.Optimizer]:
         """Make the optimizers: "dense", and "tables" where the model has embedding tables."""
@@ -155,10 +162,12 @@ class RunConfig(Settings):
         device = find_device(self.train.device)
         reader, model = self.build_reader(source or self.source(grows=resume)), self.build_model()
         optimizers = self.build_optimizers(model)
-        summary = model.summary()
+        summary, precision = model.summary(), self.choose_precision(model, device)
+        model.precision = precision.dtype
         facts = {
             "parameters": {"dense": summary.dense, "embedding": summary.embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
+            "precision": str(precision),
             "bound": {part: line for part, each in optimizers.items() for line in advice.lines(each, model)},
         }
         settings = self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -173,6 +182,7 @@ class RunConfig(Settings):
             watch=self.watch,
             recovery=self.recovery,
             trackers=self.trackers,
+            precision=precision,
             settings=settings,
             facts=facts,
         )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .data.logs import Reader
 from .errors import ConfigError
 from .monitors.watch import WatchConfig
+from .precision import Precision, PrecisionName
 from .recovery import RecoveryConfig
 from .schema import Schema
 from .settings import Settings
@@ -25,6 +26,9 @@ class TrainConfig(Settings):
     """`auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads of torch; its own choice when left out. With other work on the machine fewer are much faster."""
+    precision: PrecisionName = "auto"
+    """In which layers compute: `float32`, `tf32` (GPUs), `bfloat16`, or `auto`: bfloat16 where the processor has it and
+    the model is large enough to gain. Weights, optimizers, losses, logits and metrics stay in float32."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two readings; they cross to the host together."""
     window_steps: int = Field(default=100, ge=1)
@@ -73,10 +77,19 @@ class Parts:
     watch: WatchConfig = field(default_factory=WatchConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
+    precision: Precision | None = None
+    """How the process multiplies; left as it is when None."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The whole configuration, for the trackers."""
     facts: dict[str, Any] = field(default_factory=dict)
     """More for the summary: sizes of the model, names of the optimizers."""
+
+    def set_up(self) -> None:
+        """Set this process's threads and precision as the run has them."""
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        if self.precision is not None:
+            self.precision.apply()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training changes: model, optimizers, what was read, and torch's generators."""

@@ -1,7 +1,9 @@
 """In which precision a model's layers compute; weights, optimizers, losses, logits and metrics stay in float32."""
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,26 +13,36 @@ from .errors import ConfigError
 
 PrecisionName = Literal["auto", "float32", "tf32", "bfloat16"]
 PAYS_FROM = 100_000_000
-"""Weights times rows of a batch from which bfloat16 pays on a CPU. Below it, the casts cost what the products save: at
-182,000 weights a step took 0.99 of float32's time in batches of 256, and 0.76 in batches of 1,024."""
+"""Weights times rows of a batch from which another engine than torch's first choice pays on a CPU. Below it, calls and
+casts cost what the products save: at 182,000 weights a step in bfloat16 took 0.99 of float32's time in batches of 256,
+and 0.76 in batches of 1,024."""
+_FLOAT32_ERROR = 1e-5  # of a product: 4e-7 in float32, 4e-3 in bfloat16
 
 
 class Precision(NamedTuple):
     """How a run computes."""
 
+    name: str
     dtype: torch.dtype
     """In which the layers compute."""
-    name: str
     reason: str
-    """For people: why."""
+    """For people."""
+    products: Literal["highest", "high", "medium"] = "highest"
+    """Of float32, for `torch.set_float32_matmul_precision`."""
+
+    def apply(self) -> None:
+        """Set how this process multiplies float32; `dtype` is the model's to follow."""
+        torch.set_float32_matmul_precision(self.products)
+
+    def __str__(self) -> str:
+        return f"layers compute in {self.name}: {self.reason}"
 
 
 def choose_precision(setting: PrecisionName, device: torch.device, weights: int, batch_rows: int) -> Precision:
     """Decide how a run computes; the same machine and configuration always give the same answer.
 
     Args:
-        setting: What was asked for; `auto` takes bfloat16 where the processor multiplies in it by itself and where it
-            pays, else float32.
+        setting: `auto` takes bfloat16 where the processor multiplies in it by itself and where it pays, else float32.
         device: Where the model lives.
         weights: Dense weights of the model.
         batch_rows: Rows of a batch.
@@ -38,22 +50,28 @@ def choose_precision(setting: PrecisionName, device: torch.device, weights: int,
     Raises:
         ConfigError: TF32 was asked for without a GPU that has it.
 
-    >>> choose_precision("float32", torch.device("cpu"), 1_000, 1_000).name
-    'float32'
+    >>> print(choose_precision("bfloat16", torch.device("cpu"), weights=1_000, batch_rows=64))
+    layers compute in bfloat16: train.precision says so
     """
-    if setting == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
-        raise ConfigError(
-            "train.precision = 'tf32' needs a GPU that has it (Ampere or newer); 'auto' takes what there is"
-        )
+    pays = device.type != "cpu" or weights * batch_rows >= PAYS_FROM
+    if setting == "tf32":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise ConfigError(
+                "train.precision = 'tf32': expected a GPU that has it (Ampere or newer), and this run is on "
+                f"'{device}'; 'auto' takes what there is"
+            )
+        return Precision("tf32", torch.float32, "train.precision says so", "high")
+    if setting == "bfloat16":
+        return Precision("bfloat16", torch.bfloat16, "train.precision says so")
+    reason = "train.precision says so"
     if setting == "auto":
-        native = has_bfloat16(device)
-        if native and (device.type != "cpu" or weights * batch_rows >= PAYS_FROM):
-            where = "this processor multiplies in bfloat16" if device.type == "cpu" else "this GPU has bfloat16"
-            return Precision(torch.bfloat16, "bfloat16", f"{where}; train.precision = 'float32' turns it off")
-        why = "the model is small" if native else "there is no bfloat16 here"
-        return Precision(torch.float32, "float32", why)
-    dtype = torch.bfloat16 if setting == "bfloat16" else torch.float32
-    return Precision(dtype, setting, "train.precision says so")
+        if has_bfloat16(device) and pays:
+            here = "processor" if device.type == "cpu" else "GPU"
+            off = "weights and metrics stay in float32; train.precision = 'float32' turns it off"
+            return Precision("bfloat16", torch.bfloat16, f"this {here} has it; {off}")
+        reason = "the model is too small to gain from less" if has_bfloat16(device) else "there is no bfloat16 here"
+    onednn = pays and device.type == "cpu" and prefers_onednn()
+    return Precision("float32", torch.float32, reason, "medium" if onednn else "highest")
 
 
 @cache
@@ -61,11 +79,36 @@ def has_bfloat16(device: torch.device) -> bool:
     """Say whether a device multiplies in bfloat16 by itself; where it only emulates that, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return any(
-            bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        )
-    return False
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    return device.type == "cpu" and any(bool(getattr(torch.cpu, name, bool)()) for name in asked)
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Say whether oneDNN multiplies float32 faster than MKL, torch's first choice, and as exactly.
+
+    MKL is slow on processors that are not Intel's. "medium" sends products to oneDNN, which may then compute in
+    bfloat16 where it sees fit: a product is tried, and nothing assumed.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()) or _is_intel():
+        return False
+    before = torch.get_float32_matmul_precision()
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(512, 256, generator=generator), torch.randn(256, 256, generator=generator)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        error = (a @ b - a.double() @ b.double()).abs().max() / 256**0.5
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return bool(error < _FLOAT32_ERROR)
+
+
+def _is_intel() -> bool:
+    try:
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        said = platform.processor()
+    return "GenuineIntel" in said
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

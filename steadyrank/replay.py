@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoints
@@ -89,8 +88,7 @@ def replay(run: str | Path, step: int, on_progress: Callable[[int, int], None] |
         known = f"a step from 1 to {last}" if last else "a run that has made a step"
         raise CheckpointError(f"{folder.path}: expected {known}, got step {step}")
     parts = config.build(resume=True)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    parts.set_up()
     walk = _Walk(parts, step, folder.checkpoints)
     start = walk.start(folder)
     ends = {int(each): i for i, each in enumerate(recorded["step"]) if each > start}

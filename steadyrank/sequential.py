@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from .errors import DataError, DivergenceError, SteadyRankError
 from .parts import OnEvent as OnEvent
 from .parts import OnProgress as OnProgress
@@ -46,13 +44,14 @@ def run(
         CheckpointError: The run folder cannot be written, or its checkpoint belongs to another model.
         ConfigError: Another process is training in the folder.
     """
-    if parts.config.threads is not None:
-        torch.set_num_threads(parts.config.threads)
+    parts.set_up()
     with folder.locked(), stop_on_signals() as stop:
         session = Session(parts, folder, stop, on_progress, on_event)
         if resume:
             session.resume()
         if not session.step:
+            if parts.precision is not None:
+                folder.event(0, "precision", str(parts.precision))
             for part, line in parts.facts.get("bound", {}).items():
                 folder.event(0, "bound", f"optimizer.{part}: {line}")
         status, message = "finished", ""
