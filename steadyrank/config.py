@@ -1,7 +1,8 @@
 """One run's configuration: the parts' configs together, from TOML and back to TOML."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -25,6 +26,7 @@ from .optim import (
     advice,
     build_optimizer,
     split_parameters,
+    state_bytes_per_row,
 )
 from .precision import Precision, choose_precision
 from .recovery import RecoveryConfig
@@ -121,10 +123,24 @@ class RunConfig(Settings):
         if self.train.follow:  # so that it does not matter when a file came
             reader = reader.model_copy(update={"window_per_file": True})
         made = Reader(source or self.source(), self.schema_, reader, self.seed)
-        window_rows = min(reader.window_rows, made.rows) if reader.window_hours is None else 0
-        batch_rows = min(reader.batch_size, window_rows)
-        check_memory(self.schema_, self.model, window_rows=window_rows, batch_rows=batch_rows)
+        self.check_memory(made)
         return made
+
+    def check_memory(self, reader: Reader) -> str:
+        """Say what memory the run takes.
+
+        Raises:
+            ConfigError: This machine has not so much.
+        """
+        config = reader.config
+        window_rows = min(config.window_rows, reader.rows) if config.window_hours is None else 0
+        return check_memory(
+            self.schema_,
+            self.model,
+            window_rows=window_rows + min(config.read_ahead, reader.rows - window_rows),
+            batch_rows=min(config.batch_size, window_rows),
+            state_bytes=partial(state_bytes_per_row, self.optimizer.tables),
+        )
 
     def build_model(self) -> Ranker:
         """Make the model, its weights decided by the seed.
@@ -149,18 +165,24 @@ class RunConfig(Settings):
             made["tables"] = build_optimizer(self.optimizer.tables, tables, sparse=True)
         return made
 
-    def build(self, source: Source | None = None, *, resume: bool = False) -> Parts:
+    def build(
+        self, source: Source | None = None, *, resume: bool = False, announce: Callable[[str], None] | None = None
+    ) -> Parts:
         """Make everything that a run needs.
 
         Args:
             source: In place of the log that the configuration names.
             resume: To go on with a run: the log may have grown.
+            announce: Called, before anything large is made, with what memory it takes.
 
         Raises:
             ConfigError, DataError: The log cannot be opened, or lacks a column.
         """
         device = find_device(self.train.device)
-        reader, model = self.build_reader(source or self.source(grows=resume)), self.build_model()
+        reader = self.build_reader(source or self.source(grows=resume))
+        if announce is not None:
+            announce(self.check_memory(reader))
+        model = self.build_model()
         optimizers = self.build_optimizers(model)
         summary, precision = model.summary(), self.choose_precision(model, device)
         model.precision = precision.dtype

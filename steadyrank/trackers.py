@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -80,6 +81,7 @@ class Tracker(Protocol):
         """Send what is left; `ok` says whether the run ended as it should."""
 
 
+@lru_cache(maxsize=65_536)  # the same names come at every reading
 def tracker_name(table: str, reading: str) -> str:
     """Return the name of a reading in TensorBoard, Weights & Biases and MLflow.
 

@@ -1,15 +1,22 @@
 """A run that this machine has no memory for is refused before anything is made, and nothing else is."""
 
 import time
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 
+from steadyrank.config import RunConfig, demo
 from steadyrank.errors import ConfigError
+from steadyrank.models import memory
 from steadyrank.models.memory import _machine_bytes, check_memory, list_layers
 from steadyrank.models.ranker import ModelConfig, Ranker
+from steadyrank.optim import state_bytes_per_row
+from steadyrank.optim.guarded import innermost
+from steadyrank.parts import Parts
 from steadyrank.schema import Schema
+from steadyrank.train import fit
 
 SCHEMA = Schema.model_validate(
     {
@@ -85,3 +92,40 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(
 def test_what_fits_is_not_refused() -> None:
     check_memory(SCHEMA, ModelConfig(), window_rows=65_536, batch_rows=1024)
     assert (_machine_bytes() or 0) > 10**8
+
+
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "clippy_adagrad", "clippy_adam", "sgd"])
+def test_what_a_tables_optimizer_keeps_is_counted(name: str) -> None:
+    config = demo([f"optimizer.tables={{name='{name}'}}", "data.rows=2000"])
+    parts = config.build()
+    for batch, _ in fit_batches(parts):
+        assert len(batch)
+    table = next(p for n, p in parts.model.named_parameters() if n.startswith("tables."))
+    state = innermost(parts.optimizers["tables"]).state[table]
+    kept = sum(t.numel() * t.element_size() for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
+    assert state_bytes_per_row(config.optimizer.tables, table.shape[1]) * len(table) == kept
+
+
+def fit_batches(parts: Parts) -> Any:
+    batches = (batch for batch, _ in islice(parts.reader.batches(), 2))
+    return fit(parts.model, parts.optimizers, batches, parts.schema.tasks)
+
+
+def test_a_run_says_what_it_takes_before_anything_large_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(RunConfig, "build_model", lambda self: pytest.fail("made first") if not said else stop())
+    with pytest.raises(InterruptedError):
+        demo(["optimizer.tables.name=adagrad"]).build(announce=said.append)
+    assert said[0].startswith("memory: at least ")
+    assert all(part in said[0] for part in ("tables ", "their optimizer ", "layers ", "the log ", "a batch "))
+
+
+def stop() -> None:
+    raise InterruptedError
+
+
+def test_an_optimizer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 10**9)
+    sets = ["schema.features={item={kind='id',rows=9000000}}", "schema.tasks={click={kind='binary'}}"]
+    with pytest.raises(ConfigError, match=r"optimizer of tables of width 16: 9,000,001 rows x 128 bytes = 1\.2 GB"):
+        demo([*sets, "schema.baseline=[]", "optimizer.tables={name='clippy_adam'}"]).build()

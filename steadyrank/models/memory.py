@@ -4,9 +4,9 @@ Shapes: D width of the input, K tasks.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..errors import ConfigError
 from ..schema import Schema
@@ -14,7 +14,7 @@ from .ranker import ModelConfig
 from .trunks import MMoEConfig, PLEConfig, SharedBottomConfig
 
 TABLE_BYTES = 4
-"""Of a weight of an embedding table; its optimizer may keep as much again."""
+"""Of a weight of an embedding table."""
 DENSE_BYTES = 12
 """Of any other weight: itself, its gradient and one accumulator."""
 LAYER_BYTES = 10_000
@@ -55,9 +55,30 @@ def list_layers(schema: Schema, config: ModelConfig) -> dict[str, list[Layer]]:
     return {"cross": list(_cross(width, config)), "trunk": trunk, "tower": [*hidden, output]}
 
 
+class Need(NamedTuple):
+    """Something that takes memory."""
+
+    part: Literal["tables", "their optimizer", "layers", "the log", "a batch"]
+    size: int
+    """Bytes."""
+    what: str
+    """With the arithmetic."""
+    advice: str
+
+
+StateBytes = Callable[[int], float]
+"""Bytes that an optimizer keeps for a row of a table, by the table's width."""
+
+
 def check_memory(
-    schema: Schema, config: ModelConfig, *, window_rows: int = 0, batch_rows: int = 0, machine_bytes: int | None = None
-) -> None:
+    schema: Schema,
+    config: ModelConfig,
+    *,
+    window_rows: int = 0,
+    batch_rows: int = 0,
+    state_bytes: StateBytes | None = None,
+    machine_bytes: int | None = None,
+) -> str:
     """Refuse what this machine has no memory for: the system would else stop the process in the midst of it.
 
     Counted is the least that is needed, so that nothing is refused that might do.
@@ -65,14 +86,20 @@ def check_memory(
     Args:
         schema: Features and tasks.
         config: The layers.
-        window_rows: Rows of a window, at most those of the log.
+        window_rows: Rows of the log that are held at once, at most those of the log.
         batch_rows: Rows of a batch, at most those of a window.
+        state_bytes: What the tables' optimizer keeps; nothing when None.
         machine_bytes: The memory; the machine's own, or what its container may use, when None.
+
+    Returns:
+        What it takes, for people.
 
     Raises:
         ConfigError: It does not fit; with the arithmetic of the largest part.
 
     >>> schema = Schema(features={"item": {"kind": "id", "rows": 10**9}}, tasks={"click": {"kind": "binary"}})
+    >>> check_memory(schema, ModelConfig(), machine_bytes=100 * 10**9, state_bytes=lambda width: 4.0)
+    'memory: at least 68.0 GB of 100.0 GB: tables 64.0 GB, their optimizer 4.0 GB, layers 0.9 MB'
     >>> check_memory(schema, ModelConfig(), machine_bytes=24 * 10**9)
     Traceback (most recent call last):
     ...
@@ -80,38 +107,50 @@ def check_memory(
     the table 'item': 1,000,000,001 rows x 16 x 4 bytes = 64.0 GB; give it fewer rows or a smaller width
     """
     machine = _machine_bytes() if machine_bytes is None else machine_bytes
-    needs = list(_needs(schema, config, window_rows, batch_rows))
-    total = sum(size for size, _, _ in needs)
+    needs = list(_needs(schema, config, window_rows, batch_rows, state_bytes))
+    total = sum(need.size for need in needs)
     if machine is None or total <= machine:
-        return
-    size, what, advice = max(needs)
+        parts: dict[str, int] = {}
+        for need in needs:
+            parts[need.part] = parts.get(need.part, 0) + need.size
+        listed = ", ".join(f"{part} {_show(size)}" for part, size in parts.items() if size)
+        return f"memory: at least {_show(total)}{f' of {_show(machine)}' if machine else ''}: {listed}"
+    largest = max(needs, key=lambda need: need.size)
     raise ConfigError(
-        f"this run needs at least {_gigabytes(total)} of memory, and this machine has {_gigabytes(machine)}. Most "
-        f"takes {what} = {_gigabytes(size)}; {advice}"
+        f"this run needs at least {_show(total)} of memory, and this machine has {_show(machine)}. Most "
+        f"takes {largest.what} = {_show(largest.size)}; {largest.advice}"
     )
 
 
-def _needs(schema: Schema, config: ModelConfig, window_rows: int, batch_rows: int) -> Iterator[tuple[int, str, str]]:
-    """Yield what takes memory: bytes, what it is, and what to do about it."""
+def _needs(
+    schema: Schema, config: ModelConfig, window_rows: int, batch_rows: int, state_bytes: StateBytes | None
+) -> Iterator[Need]:
+    """Yield what takes memory."""
     tasks = len(schema.tasks)
     for name, slot in schema.tables.items():
         what = f"the table '{name}': {slot.rows:,} rows x {slot.width:,} x {TABLE_BYTES} bytes"
-        yield slot.rows * slot.width * TABLE_BYTES, what, "give it fewer rows or a smaller width"
+        yield Need("tables", slot.rows * slot.width * TABLE_BYTES, what, "give it fewer rows or a smaller width")
+    for width in {slot.width for slot in schema.tables.values()}:
+        if state_bytes is None:
+            break
+        rows, each = sum(slot.rows for slot in schema.tables.values() if slot.width == width), state_bytes(width)
+        what = f"the optimizer of tables of width {width}: {rows:,} rows x {each:g} bytes"
+        yield Need("their optimizer", int(rows * each), what, "choose 'rowwise_adagrad' for optimizer.tables")
     for name, feature in schema.position_features.items():
         size = (feature.rows + 1) * tasks * DENSE_BYTES
         what = f"the position feature '{name}': {feature.rows + 1:,} rows x {tasks} tasks x {DENSE_BYTES} bytes"
-        yield size, what, "give it fewer rows"
+        yield Need("layers", size, what, "give it fewer rows")
     parts = list_layers(schema, config)
     for part, layers in parts.items():
         weights, count = sum(layer.weights for layer in layers), sum(layer.copies for layer in layers)
         what = f"model.{part}: {weights:,} weights x {DENSE_BYTES} bytes + {count:,} layers x {LAYER_BYTES:,}"
-        yield weights * DENSE_BYTES + count * LAYER_BYTES, what, "make its layers fewer or narrower"
+        yield Need("layers", weights * DENSE_BYTES + count * LAYER_BYTES, what, "make its layers fewer or narrower")
     columns = len(schema.features) + 2 * tasks
     what = f"a window: {window_rows:,} rows x {columns} columns x {COLUMN_BYTES} bytes"
-    yield window_rows * columns * COLUMN_BYTES, what, "make reader.window_rows smaller"
+    yield Need("the log", window_rows * columns * COLUMN_BYTES, what, "make reader.window_rows smaller")
     units = _input_width(schema) + sum(layer.copies * layer.width_out for layers in parts.values() for layer in layers)
     what = f"a batch: {batch_rows:,} rows x {units:,} units x {UNIT_BYTES} bytes"
-    yield batch_rows * units * UNIT_BYTES, what, "make reader.batch_size smaller"
+    yield Need("a batch", batch_rows * units * UNIT_BYTES, what, "make reader.batch_size smaller")
 
 
 def _input_width(schema: Schema) -> int:
@@ -169,5 +208,7 @@ def _machine_bytes() -> int | None:
     return min((size for size in found if size > 0), default=None)
 
 
-def _gigabytes(size: int) -> str:
+def _show(size: int) -> str:
+    if size < 1e9:
+        return f"{size / 1e6:,.1f} MB"
     return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size:.1e} bytes"

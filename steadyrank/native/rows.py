@@ -83,9 +83,12 @@ def coalesce(grad: Tensor) -> Tensor:
     >>> coalesce(grad).values()
     tensor([[2.]])
     """
-    if grad.is_coalesced() or grad.sparse_dim() != 1 or grad.dtype is not torch.float32:
+    if grad.is_coalesced() or grad.sparse_dim() != 1 or grad.dtype is not torch.float32 or not grad.is_cpu:
         return grad.coalesce()
-    return sparse_gradient(grad._indices()[0], grad._values(), grad.shape).coalesce()
+    rows_N = grad._indices()[0]
+    if bool((rows_N[1:] > rows_N[:-1]).all()):  # torch forgets that a gradient was coalesced when it accumulates it
+        return _sparse(rows_N, grad._values(), grad.shape, is_coalesced=True)
+    return sparse_gradient(rows_N, grad._values(), grad.shape).coalesce()
 
 
 def can_step(table: Float[Tensor, "R *W"], total_R: Float[Tensor, " R"], grad: Tensor) -> bool:

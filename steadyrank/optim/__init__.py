@@ -10,6 +10,7 @@ from .bounded import CLIP_FACTOR as CLIP_FACTOR
 from .bounded import BoundedOptimizer as BoundedOptimizer
 from .build import build_optimizer as build_optimizer
 from .build import split_parameters as split_parameters
+from .build import state_bytes_per_row as state_bytes_per_row
 from .clippy import PRESETS as PRESETS
 from .clippy import ClippyAdagrad as ClippyAdagrad
 from .clippy import ClippyAdam as ClippyAdam

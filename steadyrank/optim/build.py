@@ -18,6 +18,7 @@ from .configs import (
     OptimizerConfig,
     SGDConfig,
 )
+from .guarded import GuardedOptimizer, innermost
 from .wrap import ClipGradients, ClipUpdates
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -59,6 +60,26 @@ def build_optimizer(
     build: Any = OPTIMIZERS[config.name]  # each class has its own options
     built: Optimizer = build(named, **options)
     return built if config.clip is None else _clipped(built, config.clip)
+
+
+def state_bytes_per_row(config: OptimizerConfig, width: int) -> float:
+    """Return how many bytes an optimizer keeps for each row of a table of that width, found on two small tables.
+
+    >>> from steadyrank.optim import AdagradConfig, RowWiseAdagradConfig
+    >>> state_bytes_per_row(RowWiseAdagradConfig(), width=16), state_bytes_per_row(AdagradConfig(), width=16)
+    (4.0, 64.0)
+    """
+    narrow, wide = (_state_bytes(config, nn.Parameter(torch.zeros(64, width))) / 64 for width in (1, 2))
+    return narrow + (wide - narrow) * (width - 1)
+
+
+def _state_bytes(config: OptimizerConfig, table: nn.Parameter) -> int:
+    optimizer = innermost(build_optimizer(config, [("table", table)], sparse=True))
+    state: dict[str, Any] = optimizer.state.get(table, {})  # torch's own Adagrad has it from the start
+    if isinstance(optimizer, GuardedOptimizer):
+        state = optimizer._fresh_state(table, optimizer.param_groups[0])
+    kept = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
+    return sum(value.numel() * value.element_size() for value in kept)
 
 
 def _clipped(optimizer: Optimizer, config: ClipConfig) -> Optimizer:
