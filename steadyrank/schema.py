@@ -220,11 +220,12 @@ class Schema(Settings):
     def tables(self) -> dict[str, TableSlot]:
         """Each embedding table's place in the one weight matrix of its width, by table name."""
         slots: dict[str, TableSlot] = {}
+        ends: dict[int, int] = {}  # by width
         for feature in (*self.id_features.values(), *self.list_features.values()):
             if feature.table not in slots:
                 width = feature.width or self.embedding_width
-                start = sum(slot.rows for slot in slots.values() if slot.width == width)
-                slots[feature.table] = TableSlot(width, start, feature.rows + 1)
+                slots[feature.table] = TableSlot(width, ends.get(width, 0), feature.rows + 1)
+                ends[width] = ends.get(width, 0) + feature.rows + 1
         return slots
 
     def slot(self, feature: str) -> TableSlot:

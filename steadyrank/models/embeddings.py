@@ -233,13 +233,17 @@ class NumberInputs(nn.Module):
             ("standardise", [f.standardise for f in features]),
         ):
             self.register_buffer(name, torch.tensor(flags, dtype=torch.bool, device=device), persistent=False)
+        # Known to the host, so that what no feature asks for is not computed.
+        self.some_log1p = any(f.transform == "log1p" for f in features)
+        self.all_standardise = all(f.standardise for f in features)
         self.width_out = 2 * len(features)
 
     def forward(self, numbers_BX: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch width_out"]:
         """Return the values, then the flags (1 where missing)."""
         present_BX = numbers_BX.isfinite()
         x_BX = torch.where(present_BX, numbers_BX, 0.0).double()
-        x_BX = torch.where(self.log1p, x_BX.sign() * x_BX.abs().log1p(), x_BX)
+        if self.some_log1p:
+            x_BX = torch.where(self.log1p, x_BX.sign() * x_BX.abs().log1p(), x_BX)
         with torch.no_grad():
             batch, before = measure_moments(x_BX, present_BX), Moments(self.n, self.mean, self.m2)
             n, mean, m2 = (torch.where(self.n > 0, old, new) for old, new in zip(before, batch, strict=True))
@@ -249,6 +253,7 @@ class NumberInputs(nn.Module):
                 for old, new in zip(before, merge_moments(before, batch), strict=True):
                     old.copy_(new)
         x_BX = torch.where(present_BX, x_BX, mean)
-        x_BX = torch.where(self.standardise, (x_BX - mean) / std, x_BX)
+        scaled_BX = (x_BX - mean) / std
+        x_BX = scaled_BX if self.all_standardise else torch.where(self.standardise, scaled_BX, x_BX)
         dtype = compute_dtype(numbers_BX)
         return torch.cat([x_BX.to(dtype), (~present_BX).to(dtype)], 1)
