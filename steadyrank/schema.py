@@ -303,6 +303,12 @@ class Batch:
         """Return the batch on `device`."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that it is made of."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        lists = [part for ragged in self.lists for part in (ragged.values, ragged.offsets)]
+        return [value for value in values if isinstance(value, Tensor)] + lists
+
     def take(self, index: Int64[Tensor, " taken"]) -> "Batch":
         """Return the rows in `index`, in that order."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -308,11 +308,23 @@ def fit(
         [0.693, 0.474, 0.348]
     """
     held = list(optimizers.values() if isinstance(optimizers, Mapping) else optimizers)
-    ordered = list(tasks.values())
+    ordered, device = list(tasks.values()), torch.device(device)
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
     model.train()
     for batch in batches:
-        here = batch.to(device, non_blocking=True)
+        here = batch.to(device) if copying is None else _copy_beside(batch, device, copying)
         yield (
             batch,
             train_step(model, held, here, ordered, watch, quarantine_rows=quarantine_rows, scales_K=scales_K),
         )
+
+
+def _copy_beside(batch: Batch, device: torch.device, copying: torch.cuda.Stream) -> Batch:
+    """Copy a batch to a GPU while that still computes the step before; from page-locked memory nothing waits."""
+    computing = torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying):
+        here = batch.to(device, non_blocking=True)
+    computing.wait_stream(copying)
+    for part in here.tensors():
+        part.record_stream(computing)  # its memory is not given to a later copy before the step is done
+    return here
