@@ -117,12 +117,12 @@ class RunConfig(Settings):
             return Stream(self.data)
         return ParquetLog(self.data, self.schema_.time, lenient=grows or self.train.follow)
 
-    def build_reader(self, source: Source | None = None) -> Reader:
-        """Open the log (or `source` instead) as windows and batches."""
+    def build_reader(self, source: Source | None = None, *, pin_memory: bool = False) -> Reader:
+        """Open the log (or `source` instead) as windows and batches; for a GPU they can be put where it reads fast."""
         reader = self.reader
         if self.train.follow:  # so that it does not matter when a file came
             reader = reader.model_copy(update={"window_per_file": True})
-        made = Reader(source or self.source(), self.schema_, reader, self.seed)
+        made = Reader(source or self.source(), self.schema_, reader, self.seed, pin_memory=pin_memory)
         self.check_memory(made)
         return made
 
@@ -179,7 +179,7 @@ class RunConfig(Settings):
             ConfigError, DataError: The log cannot be opened, or lacks a column.
         """
         device = find_device(self.train.device)
-        reader = self.build_reader(source or self.source(grows=resume))
+        reader = self.build_reader(source or self.source(grows=resume), pin_memory=device.type == "cuda")
         if announce is not None:
             announce(self.check_memory(reader))
         model = self.build_model()

@@ -16,7 +16,6 @@ from .instruments import Instruments
 from .metrics import DAY_US, iso_day
 from .parts import OnEvent, OnProgress, Parts, Progress
 from .recovery import Action, Trouble
-from .report.page import write_report
 from .rescue import Rescue
 from .runs import RunFolder
 from .schema import Batch
@@ -99,6 +98,8 @@ class Session:
         self.persist(lambda: self.folder.write_summary(summary))
         self.persist(self.folder.flush)
         self.trackers.close(ok=status == "finished")
+        from .report.page import write_report  # plotly and jinja2, which a run needs at its end alone
+
         self.persist(lambda: write_report(self.folder))
         return summary
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from ..errors import DataError
 from ..schema import Batch, Schema
 from ..settings import Settings
+from .ahead import make_ahead
 from .columns import TRUTH, US_PER_DAY, Encoder, Missing, Place
 from .source import FileNote, Piece, Source
 
@@ -38,6 +39,9 @@ class ReaderConfig(Settings):
     """`sort`: rows out of order inside a window are sorted. `refuse`: an error, as it always is across windows."""
     max_missing_frac: float = Field(default=0.5, ge=0, le=1)
     """Largest share of NaN or infinite values of one column in a window; above it the log is refused."""
+    read_ahead: int = Field(default=65_536, ge=0)
+    """Rows that a thread of its own reads and cuts into batches while the steps before them are made; 0 reads between
+    the steps instead. The batches are the same. Memory grows by those rows, and by a window that is begun."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ class _Window(NamedTuple):
     ends_file: bool
 
 
+class _Cut(NamedTuple):
+    """A batch, and what the reader knows once it was given."""
+
+    batch: Batch
+    cursor: Cursor
+    left: int
+    ends_file: bool
+    """Of its window."""
+    missing: Missing
+    """In its window."""
+
+
 class Reader:
     """Cuts a source into windows in time order, and windows into batches.
 
@@ -85,14 +101,18 @@ class Reader:
         schema: What the columns mean.
         config: Windows and batches.
         seed: Seed of the shuffle; the same seed gives the same batches.
+        pin_memory: Put batches into page-locked memory, from which they go to a GPU while it computes.
 
     Raises:
         DataError: A column of the schema is not in the log (with the nearest name).
     """
 
-    def __init__(self, source: Source, schema: Schema, config: ReaderConfig, seed: int = 0) -> None:
+    def __init__(
+        self, source: Source, schema: Schema, config: ReaderConfig, seed: int = 0, *, pin_memory: bool = False
+    ) -> None:
         truth = all(TRUTH + task in source.columns for task in schema.tasks)
         self.source, self.schema, self.config, self.seed = source, schema, config, seed
+        self.pin_memory = pin_memory
         self.encoder = Encoder(schema, truth=truth)
         self.missing = Missing()
         self.left = 0  # batches of the window after the one that was yielded last
@@ -117,6 +137,16 @@ class Reader:
         cursor = cursor or Cursor()
         if cursor.window_time is not None:
             cursor = _after(cursor)
+        # What the reader knows follows the batches that were given, not those that were read: checkpoints hold it.
+        for cut in make_ahead(self._cut(cursor), -(-self.config.read_ahead // self.config.batch_size)):
+            self.left, self.file_ends = cut.left, cut.ends_file and not cut.left
+            self._rows_read = max(self._rows_read, cut.cursor.rows + cut.cursor.window_rows)
+            if not cut.left:
+                self._count(cut.cursor.window, cut.missing)
+            yield cut.batch, cut.cursor
+
+    def _cut(self, cursor: Cursor) -> Iterator[_Cut]:
+        """Yield the batches from `cursor` on: of the first window those that it does not count."""
         skip = cursor.batches
         for rows, start, missing, ends_file in self._windows(cursor):
             order = torch.arange(len(rows))
@@ -124,24 +154,30 @@ class Reader:
                 order = torch.randperm(len(rows), generator=_generator(self.seed, start.window))
             pieces = order.split(self.config.batch_size)
             for i in range(skip, len(pieces)):
-                self.left = len(pieces) - i - 1
-                self.file_ends = ends_file and not self.left
-                if not self.left:
-                    self._count(start.window, missing)
-                end = None if self.left else int(rows.time[-1])
-                yield rows.take(pieces[i]), replace(start, batches=i + 1, window_time=end)
+                left = len(pieces) - i - 1
+                end = None if left else int(rows.time[-1])
+                batch = rows.take(pieces[i])
+                if self.pin_memory:
+                    batch = batch._map(_pin)
+                yield _Cut(batch, replace(start, batches=i + 1, window_time=end), left, ends_file, missing)
             skip = 0
+            del rows  # before the next window is read
 
     def in_order(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Batch]:
         """Yield the log as it lies in its files, a piece at a time, to score; `progress` gets rows done, and all."""
         rows = 0
-        for table, place in self.source.pieces(0, self.encoder.columns):
-            batch, counted = self.encoder.encode(table, place, rows)
+        for batch, counted in make_ahead(self._encoded(), int(self.config.read_ahead > 0)):
             self.missing.add(counted)
             yield batch
             rows += len(batch)
             if progress is not None:
                 progress(rows, self.rows)
+
+    def _encoded(self) -> Iterator[tuple[Batch, Missing]]:
+        rows = 0
+        for table, place in self.source.pieces(0, self.encoder.columns):
+            yield self.encoder.encode(table, place, rows)
+            rows += len(table)
 
     def refresh(self) -> list[FileNote]:
         """Take what has been added to the log, and say what it is; the next call of `batches` reads it."""
@@ -187,9 +223,10 @@ class Reader:
         for key, piece in self._slices(cursor):
             if held and key != current:
                 window = self._close(held, missing, cursor, ends_file=key[0] != current[0])
-                yield window
-                cursor = _after(replace(window.start, window_time=int(window.rows.time[-1])))
                 held, missing = [], Missing()
+                cursor = _after(replace(window.start, window_time=int(window.rows.time[-1])))
+                yield window
+                del window
             first = cursor.rows + sum(len(batch) for batch, _ in held)
             batch, counted = self.encoder.encode(piece.table, piece.place, first)
             held.append((batch, piece.place))
@@ -201,7 +238,6 @@ class Reader:
     def _close(self, held: list[tuple[Batch, Place]], missing: Missing, cursor: Cursor, ends_file: bool) -> _Window:
         self._check_missing(missing, held)
         rows = self._ordered(held, cursor)
-        self._rows_read = max(self._rows_read, cursor.rows + len(rows))
         return _Window(rows, replace(cursor, window_rows=len(rows)), missing, ends_file)
 
     def _slices(self, cursor: Cursor) -> Iterator[tuple[tuple[str, int], Piece]]:
@@ -261,6 +297,10 @@ class Reader:
                     f"{window[0][1].row(0)} and after, column '{column}': {share:.0%} of {missing.rows:,} values are "
                     f"NaN or infinite, more than reader.max_missing_frac = {self.config.max_missing_frac}"
                 )
+
+
+def _pin(part: torch.Tensor) -> torch.Tensor:
+    return part.pin_memory()
 
 
 def _after(cursor: Cursor) -> Cursor:
