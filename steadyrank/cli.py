@@ -1,40 +1,23 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print.
 
+What a command needs is imported when it is called: torch alone takes a second, which no help page need wait for.
+"""
+
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import __version__
-from .config import RunConfig, load, open_source, trained
-from .config import demo as demo_config
-from .console import (
-    bar,
-    complain,
-    errors,
-    print_cause,
-    print_columns,
-    print_evaluation,
-    print_slices,
-    print_summary,
-    say,
-    say_event,
-    start_line,
-    training_bar,
-)
-from .data.catalog import DATASETS, prepare_dataset
-from .data.convert import convert as convert_file
 from .errors import SteadyRankError, check_known
-from .evaluate import evaluate as evaluate_model
-from .predict import predict as predict_log
-from .replay import replay as replay_step
-from .report import compare as compare_runs
-from .report import write_comparison, write_pngs, write_report
-from .runs import RunFolder, next_folder
-from .sequential import Parts
-from .sequential import run as run_sequentially
-from .start import start_config
+from .terminal import bar, complain, errors, say, say_event
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .parts import Parts
+    from .runs import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +45,8 @@ Log = Annotated[str, typer.Argument(help="A log: a Parquet file, a folder or a g
 @app.command(epilog="Example: steadyrank demo --out runs/demo")
 def demo(out: Out = None, overwrite: Overwrite = False, sets: Sets = None) -> None:
     """Train on the generated stream: the whole of steadyrank in two minutes."""
+    from .config import demo as demo_config
+
     folder = _train(demo_config(sets or []), out, overwrite)
     other = f"{folder}-adagrad"
     say("Next, the same without Clippy, and both side by side:")
@@ -76,6 +61,8 @@ def init(
     overwrite: Overwrite = False,
 ) -> None:
     """Look at a log's columns and write a commented starting configuration."""
+    from .start import start_config
+
     schema = start_config(log, out, overwrite=overwrite).schema_
     say(f"{out}: {len(schema.features)} features; tasks {', '.join(schema.tasks)}; in the order of '{schema.time}'")
     say(f"Read it, correct what was guessed wrongly, then: steadyrank train {out}")
@@ -89,6 +76,8 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Make Parquet from CSV or JSON lines."""
+    from .data.convert import convert as convert_file
+
     with bar(f"{source.name} to {target.name}", "bytes") as progress:
         rows = convert_file(source, target, sort=sort, overwrite=overwrite, progress=progress)
     say(f"{target}: {rows:,} rows. Next: steadyrank init {target}")
@@ -104,6 +93,9 @@ def train(
     follow: Annotated[bool, typer.Option("--follow", help="At the end of the log, wait for new files.")] = False,
 ) -> None:
     """Train in time order, every row scored before it is learned."""
+    from .config import load
+    from .runs import RunFolder
+
     if resume is not None:
         if config is not None or out is not None or sets:
             raise typer.BadParameter("--resume takes its settings from the run folder; give --follow at most with it")
@@ -121,6 +113,12 @@ def evaluate(
     slice_by: Annotated[str | None, typer.Option("--slice-by", help="Also by the values of this id feature.")] = None,
 ) -> None:
     """Score a log with a run's model: metrics by task and day."""
+    from . import native
+    from .config import open_source, trained
+    from .console import print_evaluation, print_slices
+    from .evaluate import evaluate as evaluate_model
+
+    native.prepare()
     config, model = trained(run)
     reader = config.build_reader(open_source(log, config.schema_))
     with bar("evaluating", "rows") as progress:
@@ -140,6 +138,11 @@ def predict(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a prediction for every row: one column a task, and the row's keys."""
+    from . import native
+    from .config import open_source, trained
+    from .predict import predict as predict_log
+
+    native.prepare()
     config, model = trained(run)
     with bar("predicting", "rows") as progress:
         rows = predict_log(
@@ -160,6 +163,9 @@ def report(
     png: Annotated[Path | None, typer.Option("--png", help="Also write each figure as a PNG into this folder.")] = None,
 ) -> None:
     """Write a run's report anew: one self-contained HTML page."""
+    from .report import write_pngs, write_report
+    from .runs import RunFolder
+
     folder = RunFolder.open(run)
     say(f"report: {write_report(folder)}")
     if png is not None:
@@ -172,6 +178,11 @@ def replay(
     step: Annotated[int, typer.Option("--step", help="The step, counted from 1.")],
 ) -> None:
     """Do one step of a run again, exactly, and say what stood behind it: task, layer, rows and features."""
+    from .console import print_cause
+    from .replay import replay as replay_step
+    from .report import write_report
+    from .runs import RunFolder
+
     with bar(f"to step {step:,}", "steps") as progress:
         found = replay_step(run, step, progress)
     print_cause(found.cause)
@@ -185,6 +196,10 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", help="Also write a page with their curves in one.")] = None,
 ) -> None:
     """Put several runs side by side, and their curves over one another."""
+    from .console import print_columns
+    from .report import compare as compare_runs
+    from .report import write_comparison
+
     print_columns(compare_runs(runs), "progressive AUC, and RMSE over that of a constant (NRMSE)")
     if out is not None:
         say(f"page: {write_comparison(runs, out)}")
@@ -192,12 +207,14 @@ def compare(
 
 @app.command(epilog="Example: steadyrank prepare kuairand KuaiRand-1K kuairand.parquet")
 def prepare(
-    dataset: Annotated[str, typer.Argument(help=f"One of: {', '.join(DATASETS)}.")],
+    dataset: Annotated[str, typer.Argument(help="One of: kuairand.")],
     folder: Annotated[Path, typer.Argument(help="The folder with the files that the data set's own site gives.")],
     target: Annotated[Path | None, typer.Argument(help="The Parquet file to write; DATASET.parquet here.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make our Parquet from a public data set's own files."""
+    from .data.catalog import DATASETS, prepare_dataset
+
     check_known(dataset, DATASETS, "data set")
     target = target or Path(f"{dataset}.parquet")
     with bar(dataset, "rows") as progress:
@@ -207,33 +224,71 @@ def prepare(
 
 def main() -> None:
     """Run the command line: exit code 2 for a wrong input, 130 for Ctrl-C."""
+    _wait_politely()
     try:
         app()
     except SteadyRankError as error:
         complain(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # how typer answers Ctrl-C, without a word
+            errors.print("stopped")
+        raise
 
 
-def _train(config: RunConfig, out: Path | None, overwrite: bool) -> Path:
+def _wait_politely() -> None:
+    """Let torch's threads wait for one another a moment and then sleep, unless the user says how; before torch loads.
+
+    By itself OpenMP waits in a loop that takes the core from whoever it waits for: beside one busy process, or our own
+    thread that reads ahead, a step took 3 to 20 times as long. docs/performance.md has the figures.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "2000"
+
+
+def _get_ready() -> None:
+    """Have the C code built meanwhile, and keep torch's optimizers from loading torch's compiler, a second's work.
+
+    They load it at the first call of these methods, only to have it pass them over, and keep here what they then call
+    instead. Where another version of torch keeps nothing here, they load it.
+    """
+    from torch.optim import Optimizer
+
+    from . import native
+
+    native.prepare()
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        if method is not None:
+            vars(method).setdefault("__dynamo_disable", method)
+
+
+def _train(config: "RunConfig", out: Path | None, overwrite: bool) -> Path:
     """Train in a new run folder and print what came out."""
-    parts = config.build()  # before the folder is made: a wrong path or column leaves nothing behind
+    from .runs import RunFolder, next_folder
+
+    _get_ready()
+    parts = config.build(announce=say)  # before the folder is made: a wrong path or column leaves nothing behind
     with RunFolder.create(out or next_folder(config.name), overwrite=overwrite) as folder:
         folder.write_config(config.to_toml())
         return _finish(parts, folder)
 
 
-def _go_on(folder: RunFolder, follow: bool) -> Path:
+def _go_on(folder: "RunFolder", follow: bool) -> Path:
     """Resume a run from its newest checkpoint."""
+    from .config import RunConfig
+
     text, sets = folder.config_text(), ["train.follow=true"] if follow else []
     config = RunConfig.from_toml(text, sets, where=str(folder.path))
+    _get_ready()
     with folder:
-        return _finish(config.build(resume=True), folder, resume=True)
+        return _finish(config.build(resume=True, announce=say), folder, resume=True)
 
 
-def _finish(parts: Parts, folder: RunFolder, resume: bool = False) -> Path:
+def _finish(parts: "Parts", folder: "RunFolder", resume: bool = False) -> Path:
+    from .console import print_summary, start_line, training_bar
+    from .sequential import run as run_sequentially
+
     say(start_line(parts))
     try:
         with training_bar(parts.reader.rows) as show:

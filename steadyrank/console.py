@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress bars and tables."""
+"""What a person sees of a run in the terminal: how far it is, and tables."""
 
 import itertools
 import math
@@ -7,43 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape as escape_markup
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .errors import visible
 from .evaluate import Metrics
 from .metrics import share_attainable
 from .monitors.cause import Cause
 from .parts import OnProgress, Parts
 from .parts import Progress as RunProgress
-
-console = Console()
-errors = Console(stderr=True)
+from .terminal import console, escape, say
 
 _FEW_POSITIVES = 1_000
 _FEATURES, _COLUMNS = 5, 5
-
-
-def escape(text: str) -> str:
-    """Return a text, perhaps a name of the log, in which neither rich nor the terminal finds an order."""
-    return escape_markup(visible(text))
-
-
-def say(text: str) -> None:
-    """Print a line as it is: paths and commands must survive copying."""
-    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def complain(error: Exception) -> None:
-    """Print an error."""
-    errors.print(f"error: {visible(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def say_event(step: int, kind: str, message: str) -> None:
-    """Print what a user should see at once, above the progress bar."""
-    say(f"step {step:,}: {kind.replace('_', ' ')}: {message}")
 
 
 def start_line(parts: Parts) -> str:
@@ -54,19 +29,10 @@ def start_line(parts: Parts) -> str:
             f"{parts.name}: {parts.reader.rows:,} rows, {len(parts.schema.features)} features, "
             f"{len(parts.schema.tasks)} tasks; {sizes['dense']:,} dense parameters by {optimizers['dense']}"
             + (f", {sizes['embedding']:,} in tables by {optimizers['tables']}" if "tables" in optimizers else ""),
+            *([parts.facts["precision"]] if "precision" in parts.facts else []),
             *(f"bound of optimizer.{part}: {line}" for part, line in parts.facts.get("bound", {}).items()),
         ]
     )
-
-
-@contextmanager
-def bar(what: str, unit: str) -> Iterator[Any]:
-    """Show a progress bar; yields a function of (done, total)."""
-    with Progress(
-        TextColumn(f"[bold]{escape(what)}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
-    ) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

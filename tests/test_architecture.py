@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down: a module may import what stands in a lower row, and its own folder.
 LAYERS = [
     ["__main__"],
-    ["cli"],
+    ["public", "cli"],
     ["console", "start", "replay", "lightning", "ladder"],
     ["config"],
     ["sequential", "predict"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
     ["checkpoints", "journal"],
-    ["files", "stopping", "native", "precision"],
+    ["files", "stopping", "native", "precision", "terminal"],
     ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}
@@ -67,7 +67,7 @@ def test_importing_the_package_is_light_and_silent() -> None:
     code = (
         "import logging, sys, warnings; import steadyrank; "
         "heavy = {'matplotlib', 'pyarrow', 'plotly', 'tensorboard', 'typer', 'rich', 'pandas', 'sklearn'}; "
-        "heavy |= {'keras', 'optax', 'jax'}; "
+        "heavy |= {'torch', 'keras', 'optax', 'jax'}; "
         "print(sorted(heavy & set(sys.modules)), len(logging.getLogger().handlers))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)

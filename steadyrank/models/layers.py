@@ -61,11 +61,11 @@ def make_linear(
 
     Source: LeCun et al., Efficient BackProp, 1998; He et al., arXiv 1502.01852, equation 10.
     """
-    made = nn.utils.skip_init(kind, width_in, width_out, bias=bias, device=generator.device)
-    layer = cast(nn.Linear, made)
+    layer = kind(width_in, width_out, bias=bias, device="meta")  # torch's own skip_init loads sympy
+    layer.weight = nn.Parameter(torch.empty(width_out, width_in, device=generator.device))
     fill_uniform(layer.weight, gain / math.sqrt(width_in), generator)
     if bias:
-        nn.init.zeros_(layer.bias)
+        layer.bias = nn.Parameter(torch.zeros(width_out, device=generator.device))
     return layer
 
 
