@@ -108,10 +108,9 @@ class Trained:
     def rate(self, device: torch.device, steps: int) -> float:
         """Return rows a second over some steps."""
         self.precision.apply()
-        number, start = 0, 0.0
+        start = 0.0
         stream = (self.batches[i % len(self.batches)] for i in range(WARM_UP + steps))
-        for _ in fit(self.model, self.optimizers, stream, self.schema.tasks, device=device):
-            number += 1
+        for number, _ in enumerate(fit(self.model, self.optimizers, stream, self.schema.tasks, device=device), start=1):
             if number == WARM_UP:
                 wait(device)
                 start = time.perf_counter()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ Metrics = dict[str, dict[str, float]]
 
 GLOBAL = "global"
 """Name of the baseline that knows no feature: the running mean of each label over all rows."""
+SCORE_ROWS = 1024
+"""Rows that a CPU scores at once: what the layers leave of them fits its caches, and that of a whole piece does not."""
 _MAX_SLICES = 10_000  # each holds metrics of its own
 
 
@@ -66,7 +69,7 @@ def evaluate(
     slices: dict[int, TaskMetrics] = {}
     rows, with_truth = 0, False
     for batch in batches:
-        scores_BK = _score(model, batch, device, len(schema.tasks))
+        scores_BK = score(model, batch, len(schema.tasks), device)
         rows += len(batch)
         parts = (scores_BK, batch.labels, batch.weights, batch.group)
         whole.update(*parts)
@@ -116,41 +119,44 @@ class RunningMean:
             self._columns[name] = (list(schema.id_features).index(name), schema.slot(name).start)
         self._prior = prior
         self._binary_K = torch.tensor([task.kind == "binary" for task in schema.tasks.values()])
+        self._pseudo_K = 0.5 * self._binary_K.double().numpy()
         rows = {GLOBAL: 1, **{name: schema.slot(name).rows for name in self._columns}}
-        self._tables = {n: torch.zeros(count, 2 * len(schema.tasks), dtype=torch.float64) for n, count in rows.items()}
+        # NumPy's, since half of what so few numbers take is the overhead of a call, and torch has four times as much.
+        self._tables = {name: np.zeros((count, 2 * len(schema.tasks))) for name, count in rows.items()}
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> dict[str, Float[Tensor, "batch tasks"]]:
         """Return the scores of each feature's means and of the `"global"` one, from the rows learned before.
 
         Binary tasks as logits of the mean (kept 1e-7 away from 0 and 1), regressions as the mean.
         """
-        sums_1K, counts_1K = self._tables[GLOBAL].chunk(2, dim=1)
-        mean_1K = (sums_1K + 0.5 * self._binary_K) / (counts_1K + 1)
-        scores = {GLOBAL: self._as_scores(mean_1K).expand(len(batch), -1)}
+        tasks = len(self._pseudo_K)
+        (global_2K,) = self._tables[GLOBAL]
+        mean_K = (global_2K[:tasks] + self._pseudo_K) / (global_2K[tasks:] + 1)
+        scores = {GLOBAL: self._as_scores(mean_K[None]).expand(len(batch), -1)}
         for name in self._columns:
-            sums_BK, counts_BK = self._tables[name].index_select(0, self._row_of(name, batch)).chunk(2, dim=1)
-            scores[name] = self._as_scores((sums_BK + self._prior * mean_1K) / (counts_BK + self._prior))
+            known_B2K = self._tables[name].take(self._row_of(name, batch), axis=0)
+            mean_BK = (known_B2K[:, :tasks] + self._prior * mean_K) / (known_B2K[:, tasks:] + self._prior)
+            scores[name] = self._as_scores(mean_BK)
         return scores
 
-    @torch.no_grad()
     def learn(self, batch: Batch) -> None:
         """Add the labels of a batch to the means."""
-        kept_BK = batch.weights > 0
-        counts_BK = torch.where(kept_BK, batch.weights, 0).double()
-        sums_BK = torch.where(kept_BK, counts_BK * batch.labels, 0)
-        added_B2K = torch.cat([sums_BK, counts_BK], dim=1)
+        weights_BK, labels_BK = batch.weights.numpy(), batch.labels.numpy()
+        kept_BK = weights_BK > 0
+        counts_BK = np.where(kept_BK, weights_BK, 0).astype(np.float64)
+        sums_BK = np.multiply(counts_BK, labels_BK, where=kept_BK, out=np.zeros_like(counts_BK))
+        added_B2K = np.concatenate([sums_BK, counts_BK], axis=1)
         for name, table_R2K in self._tables.items():
             if name == GLOBAL:
                 table_R2K += added_B2K.sum(0)
                 continue
-            # Flat, since torch adds the rows of a matrix one by one but the elements of a vector in one loop.
-            cell_B2K = self._row_of(name, batch)[:, None] * table_R2K.shape[1] + torch.arange(table_R2K.shape[1])
-            table_R2K.view(-1).index_add_(0, cell_B2K.view(-1), added_B2K.view(-1))
+            # Flat, since NumPy adds the rows of a matrix one by one but the elements of a vector in one loop.
+            cell_B2K = self._row_of(name, batch)[:, None] * table_R2K.shape[1] + np.arange(table_R2K.shape[1])
+            np.add.at(table_R2K.reshape(-1), cell_B2K.reshape(-1), added_B2K.reshape(-1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and the weights of every baseline, `{name: [R, 2 K]}`."""
-        return {name: table_R2K.clone() for name, table_R2K in self._tables.items()}
+        return {name: torch.from_numpy(table_R2K.copy()) for name, table_R2K in self._tables.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`.
@@ -165,13 +171,14 @@ class RunningMean:
                 f"schema that the run was started with"
             )
         for name, table_R2K in self._tables.items():
-            table_R2K.copy_(state[name])
+            table_R2K[:] = state[name].numpy()
 
-    def _row_of(self, name: str, batch: Batch) -> Int64[Tensor, " batch"]:
+    def _row_of(self, name: str, batch: Batch) -> Any:
         column, start = self._columns[name]
-        return batch.ids[:, column] - start
+        return batch.ids.numpy()[:, column] - start
 
-    def _as_scores(self, mean_BK: Tensor) -> Float[Tensor, "batch tasks"]:
+    def _as_scores(self, mean: Any) -> Float[Tensor, "batch tasks"]:
+        mean_BK = torch.from_numpy(mean)
         return torch.where(self._binary_K, torch.logit(mean_BK, eps=1e-7), mean_BK).float()
 
 
@@ -214,23 +221,45 @@ def _slicing(schema: Schema, slice_by: str | None) -> tuple[int, int]:
     return slot.start, list(schema.id_features).index(slice_by)
 
 
-def _score(model: nn.Module, batch: Batch, device: torch.device | str, tasks: int) -> Tensor:
-    """Return the raw outputs [B, K] of the model in evaluation mode, on the CPU."""
+def score(
+    model: nn.Module, batch: Batch, tasks: int, device: torch.device | str = "cpu"
+) -> Float[Tensor, "batch tasks"]:
+    """Return the raw outputs [B, K] of a model in evaluation mode, on the host; its mode stays as it was.
+
+    This is the one place where a frozen model is called. On a CPU it gets `SCORE_ROWS` at a time.
+
+    Raises:
+        ConfigError: the model's output is not [B, K].
+    """
     modes = [(module, module.training) for module in model.modules()]
+    rows = SCORE_ROWS if torch.device(device).type == "cpu" else max(len(batch), 1)
     model.eval()
     try:
         # Only the model runs in here: batches made in inference mode could not be trained on.
         with torch.inference_mode():
-            scores_BK: Tensor = model(batch.to(device)).float().cpu()
+            found = [_logits(model, part.to(device), tasks) for part in _cut(batch, rows)]
+            return torch.cat(found).float().cpu()
     finally:
         for module, mode in modes:
             module.training = mode
-    if scores_BK.shape != (len(batch), tasks):
+
+
+def _cut(batch: Batch, rows: int) -> Iterator[Batch]:
+    if len(batch) <= rows:
+        yield batch
+        return
+    for part in torch.arange(len(batch)).split(rows):
+        yield batch.take(part)
+
+
+def _logits(model: nn.Module, batch: Batch, tasks: int) -> Tensor:
+    logits_BK: Tensor = model(batch)
+    if logits_BK.shape != (len(batch), tasks):
         raise ConfigError(
             f"expected outputs of shape [{len(batch)}, {tasks}] (rows, tasks) from {type(model).__name__}, got "
-            f"{list(scores_BK.shape)}; the schema has {tasks} tasks, build the model from it"
+            f"{list(logits_BK.shape)}; the schema has {tasks} tasks, build the model from it"
         )
-    return scores_BK
+    return logits_BK
 
 
 def _split(key_B: Int64[Tensor, " batch"]) -> Iterator[tuple[int, Int64[Tensor, " taken"]]]:

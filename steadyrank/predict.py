@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from .data.ahead import make_ahead
 from .data.columns import Encoder
 from .data.logs import Source
 from .errors import ConfigError, DataError
+from .evaluate import score
 from .schema import Schema
 
 
@@ -79,13 +81,11 @@ def _write(
     progress: Callable[[int, int], None] | None,
 ) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    mode, rows, writer = model.training, 0, None
-    model.eval()
+    pieces = ((table, encoder.encode(table, place)[0]) for table, place in source.pieces(0, columns))
+    rows, writer = 0, None
     try:
-        for table, place in source.pieces(0, columns):
-            batch, _ = encoder.encode(table, place)
-            with torch.inference_mode():
-                logits_BK = model(batch.to(device)).float().cpu()
+        for table, batch in make_ahead(pieces, 1):
+            logits_BK = score(model, batch, len(schema.tasks), device)
             out = table.select(keys)
             for k, (name, task) in enumerate(schema.tasks.items()):
                 out = out.append_column(name, pa.array(task.decode(logits_BK[:, k]).numpy()))
@@ -96,7 +96,6 @@ def _write(
             if progress is not None:
                 progress(rows, source.rows)
     finally:
-        model.train(mode)
         if writer is not None:
             writer.close()
     return rows

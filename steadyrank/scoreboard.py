@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .evaluate import GLOBAL, Metrics, RunningMean, best
-from .metrics import ProgressiveMetrics, as_scores
+from .metrics import ProgressiveMetrics, as_scores, update_all
 from .schema import Batch, Schema
 
 CAPACITY = 2**18
@@ -42,8 +42,7 @@ class Scoreboard:
         scores = self._baseline.score(batch) | {_MODEL: scores_BK}
         if _TRUTH in self._metrics and batch.truth is not None:
             scores[_TRUTH] = as_scores(batch.truth, list(self._kinds.values()))
-        for name, metrics in self._metrics.items():
-            metrics.update(scores[name], batch.labels, batch.weights, batch.group, batch.time)
+        update_all(self._metrics, scores, batch.labels, batch.weights, batch.group, batch.time)
         self._baseline.learn(batch)
         self._rows += len(batch)
 

@@ -16,3 +16,4 @@ from .streams import CAPACITY as CAPACITY
 from .streams import DAY_US as DAY_US
 from .streams import ProgressiveMetrics as ProgressiveMetrics
 from .streams import TaskMetrics as TaskMetrics
+from .streams import update_all as update_all

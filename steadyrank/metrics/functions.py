@@ -19,7 +19,7 @@ from torch import Tensor
 TaskKind = Literal["binary", "regression"]
 SUMS = ("rows", "weight", "label", "label_spread", "predicted", "loss", "absolute")
 """The S sums of a task. All are weighted but `rows`; `label_spread` is taken about the mean label; `loss` sums the log
-losses or the squared errors."""
+losses or the squared errors. `absolute` is of a regression alone."""
 
 # A bin holds 2**11 neighbouring float32 values, so 4096 bins lie between a magnitude and its double. With 32 doublings
 # from 2**-12 to 2**20 and two signs that makes 2**18 bins; smaller magnitudes tie, and so do larger ones.
@@ -48,8 +48,7 @@ def auc(
     >>> auc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([0, 0, 1, 1]))
     0.875
     """
-    total, weight = auc_sums(scores, labels, weights, np.zeros(len(scores), np.int64))
-    return ratio(total, weight)
+    return ratio(*auc_sums(scores, labels, weights))
 
 
 def gauc(
@@ -172,18 +171,25 @@ def task_sums(
 ) -> Float64[np.ndarray, " sums"]:
     """Return the sums (`SUMS`) of one task's rows, from which `binary_values` and `regression_values` follow."""
     w, x, y = _unmasked(weights, scores, labels)
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    x = x.astype(np.float64)
+    even = bool((w == 1).all())
+
+    def total(column: Any) -> float:
+        return float((column if even else w * column).sum())
+
     with np.errstate(all="ignore"):
         if kind == "binary":
             y = (y > 0.5).astype(np.float64)
             wrong = np.where(y > 0, -x, x)  # ln(1 + exp(wrong)), three times as fast as by logaddexp
-            predicted, loss = 1 / (1 + np.exp(-x)), np.maximum(wrong, 0) + np.log1p(np.exp(-np.abs(wrong)))
-        else:
-            predicted, loss = x, np.square(x - y)
-        weight = w.sum()
-        mean = (w * y).sum() / weight
-        columns = (y, np.square(y - mean), predicted, loss, np.abs(x - y))
-        return np.array([len(w), weight, *((w * column).sum() for column in columns)])
+            loss = np.maximum(wrong, 0) + np.log1p(np.exp(-np.abs(wrong)))
+            weight, label = w.sum(), total(y)
+            spread = label * (1 - label / weight) if weight else 0.0
+            return np.array([len(w), weight, label, spread, total(1 / (1 + np.exp(-x))), total(loss), 0.0])
+        y = y.astype(np.float64)
+        weight, label = w.sum(), total(y)
+        spread, squares = np.square(y - label / weight), np.square(x - y)
+        columns = (spread, x, squares, np.abs(x - y))
+        return np.array([len(w), weight, label, *map(total, columns)])
 
 
 def merge_sums(
@@ -267,30 +273,47 @@ def _unmasked(weights: Any, *columns: Any) -> tuple[Any, ...]:
 
 
 def _order_codes(scores: Any) -> Any:
-    """Return integers of at most 32 bits in the order of the scores, equal where these are equal; NaN excluded."""
+    """Return integers of 32 bits in the order of the scores, equal where these are equal; NaN excluded."""
     if scores.dtype != np.float32:
-        return np.unique(scores, return_inverse=True)[1]
-    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # adding 0 makes -0 equal to 0
-    return np.where(bits >= 0, bits, -(2**31) - bits)
+        return np.unique(scores, return_inverse=True)[1].astype(np.int32)
+    bits = (scores + np.float32(0)).view(np.int32)  # adding 0 makes -0 equal to 0
+    return np.where(bits >= 0, bits, np.int32(-(2**31)) - bits)
 
 
-def auc_sums(scores: Any, labels: Any, weights: Any, groups: Any) -> tuple[float, float]:
-    """Return `sum_g W_g AUC_g` and `sum_g W_g` over the groups with both classes."""
-    w, scores, labels, groups = _unmasked(weights, scores, labels, groups)
+def _sort(key: Any) -> tuple[Any, Any]:
+    """Return integers in rising order and where they were; torch's radix sort takes a quarter of NumPy's time."""
+    values, order = torch.sort(torch.from_numpy(key), stable=True)
+    return values.numpy(), order.numpy()
+
+
+def number_groups(groups: Any) -> Any:
+    """Return numbers from 0 to 2**31 - 1 in the order of the groups' keys: these themselves where they are such."""
+    if not len(groups) or (groups.min() >= 0 and groups.max() < 2**31):
+        return groups
+    key, order = _sort(groups)
+    numbers = np.empty(len(key), np.int64)
+    numbers[order] = np.cumsum(np.diff(key, prepend=key[:1]) != 0)
+    return numbers
+
+
+def auc_sums(scores: Any, labels: Any, weights: Any, groups: Any = None) -> tuple[float, float]:
+    """Return `sum_g W_g AUC_g` and `sum_g W_g` over the groups with both classes; without groups all rows are one."""
+    w, scores, labels, *rest = _unmasked(weights, scores, labels, *([] if groups is None else [groups]))
     if not len(w):
         return 0.0, 0.0
     if np.isnan(scores).any():
         return float("nan"), float(w.sum())
-    if groups.min() < 0 or groups.max() >= 2**31:
-        groups = np.unique(groups, return_inverse=True)[1]
-    # One sort of packed integers: three times as fast as a lexsort of two columns.
-    key = groups.astype(np.int64) * 2**32 + (_order_codes(scores) + 2**31)
-    order = np.argsort(key)
-    key = key[order]
+    key = _order_codes(scores)
+    if groups is not None:
+        # One sort of packed integers: three times as fast as a lexsort of two columns.
+        key = number_groups(*rest).astype(np.int64) * 2**32 + (key.astype(np.int64) + 2**31)
+    key, order = _sort(key)
     ties_T = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-    group_T = key[ties_T] >> 32
     pos = w * (labels > 0.5)
     pos_T, neg_T = (np.add.reduceat(side[order], ties_T) for side in (pos, w - pos))
+    if groups is None:
+        return areas(pos_T, neg_T, np.array([0]))
+    group_T = key[ties_T] >> 32
     return areas(pos_T, neg_T, np.flatnonzero(np.r_[True, group_T[1:] != group_T[:-1]]))
 
 
@@ -306,18 +329,29 @@ def areas(pos_T: Any, neg_T: Any, starts_G: Any) -> tuple[float, float]:
     return float((weight_G * share_G).sum()), float(weight_G.sum())
 
 
-def histogram(scores: Any, labels: Any, weights: Any) -> Any:
-    """Return the weights of both classes by bin of the score, [2, bins]; NaN throughout AUC after a NaN score."""
+def add_to_bins(bins_2N: Any, scores: Any, labels: Any, weights: Any) -> None:
+    """Add the weights of both classes to the bin of each score, in place; NaN throughout AUC after a NaN score."""
     w, scores, labels = _unmasked(weights, scores, labels)
     nan = np.isnan(scores)
-    codes = _order_codes(np.where(nan, np.float32(0), scores))
+    if nan.any():
+        scores = np.where(nan, np.float32(0), scores)
+        bins_2N[:, 0] = np.nan
+    codes = _order_codes(scores)
     away = (np.clip(np.abs(codes), _LOWEST, _HIGHEST) - _LOWEST) >> _BITS_PER_BIN
     bins = np.where(codes < 0, BINS // 2 - 1 - away, BINS // 2 + away)
-    pos = w * (labels > 0.5)
-    found = np.stack([np.bincount(bins, side, BINS) for side in (pos, w - pos)])
-    if nan.any():
-        found[:, 0] = np.nan
-    return found
+    positive = labels > 0.5
+    if (w == 1).all():  # the bins are many more than the rows: only those that are met are touched
+        np.add.at(bins_2N.reshape(-1), np.where(positive, bins, bins + BINS), 1.0)
+        return
+    pos = w * positive
+    for side_N, side in zip(bins_2N, (pos, w - pos), strict=True):
+        side_N += np.bincount(bins, side, BINS)
+
+
+def auc_of_bins(bins_2N: Any) -> float:
+    """Return the AUC of the rows whose weights lie in the bins."""
+    pos_N, neg_N = bins_2N[:, (bins_2N != 0).any(axis=0)]
+    return ratio(*areas(pos_N, neg_N, np.array([0]))) if len(pos_N) else math.nan
 
 
 def share_attainable(metric: str, value: float, attainable: float) -> float:

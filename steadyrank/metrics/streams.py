@@ -16,13 +16,14 @@ from .functions import (
     BINS,
     SUMS,
     TaskKind,
-    areas,
+    add_to_bins,
     auc,
+    auc_of_bins,
     auc_sums,
     binary_values,
-    histogram,
     iso_day,
     merge_sums,
+    number_groups,
     ratio,
     regression_values,
     task_sums,
@@ -32,15 +33,17 @@ CAPACITY = 2**20
 """Rows that `TaskMetrics` keeps exactly before it folds them into sums and histograms."""
 DAY_US = 86_400_000_000
 """Microseconds of a day."""
+_SAVED = ("scores", "labels", "weights", "groups")
+"""Names of the kept rows' columns in a state, [N, K] and [N]."""
 
 
 class _Rows(NamedTuple):
     """Rows as they came, never written to, so that several `TaskMetrics` may share them."""
 
-    scores: Any
-    labels: Any
-    weights: Any
-    groups: Any
+    scores_KN: Any
+    labels_KN: Any
+    weights_KN: Any
+    groups_N: Any
 
     @staticmethod
     def copy_of(scores_BK: Tensor, labels_BK: Tensor, weights_BK: Tensor, groups_B: Tensor, tasks: int) -> "_Rows":
@@ -51,22 +54,32 @@ class _Rows(NamedTuple):
                 f"expected scores, labels and weights of shape [rows, {tasks}] and groups of shape [rows], got "
                 f"{shapes}; give the model's output for the very batch that the labels belong to"
             )
-        scores, labels, weights = (
-            t.detach().to("cpu", torch.float32, copy=True).numpy() for t in (scores_BK, labels_BK, weights_BK)
-        )
-        return _Rows(scores, labels, weights, groups_B.to("cpu", torch.int64, copy=True).numpy())
+        groups_N = groups_B.to("cpu", torch.int64, copy=True).numpy()
+        return _Rows(_copy(scores_BK), _copy(labels_BK), _copy(weights_BK), groups_N)
+
+    def rescored(self, scores_BK: Tensor) -> "_Rows":
+        """Return the same rows with other scores."""
+        if tuple(scores_BK.shape) != self.scores_KN.shape[::-1]:
+            raise ConfigError(f"expected scores of shape {self.scores_KN.shape[::-1]}, got {tuple(scores_BK.shape)}")
+        return self._replace(scores_KN=_copy(scores_BK))
 
     @staticmethod
     def cat(chunks: Sequence["_Rows"], tasks: int) -> "_Rows":
-        empty = np.empty((0, tasks), np.float32)
+        empty = np.empty((tasks, 0), np.float32)
         chunks = [_Rows(empty, empty, empty, np.empty(0, np.int64)), *chunks]
-        return _Rows(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+        return _Rows(*(np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True)))
 
     def take(self, index: Any) -> "_Rows":
-        return _Rows(*(part[index] for part in self))
+        return _Rows(*(part[..., index] for part in self))
 
-    def task(self, k: int) -> tuple[Any, Any, Any]:
-        return self.scores[:, k].copy(), self.labels[:, k].copy(), self.weights[:, k].copy()
+    def by_task(self) -> list[tuple[Any, Any, Any]]:
+        """Return scores, labels and weights of each task."""
+        return list(zip(self.scores_KN, self.labels_KN, self.weights_KN, strict=True))
+
+
+def _copy(part_BK: Tensor) -> Any:
+    """Return a copy whose tasks lie one after the other: they are looked at one by one."""
+    return np.array(part_BK.detach().cpu().float().numpy().T, order="C")
 
 
 class TaskMetrics:
@@ -152,15 +165,13 @@ class TaskMetrics:
         `normalised_rmse` and `mae`; both `calibration`, `rows` (that are not masked) and `weight`; a binary task also
         `positives`, the weight of its labels of 1.
         """
-        rows = _Rows.cat(self._chunks, len(self.kinds))
-        sums_SK = merge_sums(self._sums_SK, self._sums_of(rows))
-        gauc_2K = self._gauc_2K + self._gauc_of(rows)
+        tasks, sums_SK, gauc_2K = self._joined()
         found: dict[str, dict[str, float]] = {}
         for k, (name, kind) in enumerate(self.kinds.items()):
             if kind == "regression":
                 found[name] = regression_values(sums_SK[:, k])
                 continue
-            order = {"auc": self._auc_of(rows, name, k)}
+            order = {"auc": self._auc_of(tasks[k], name)}
             if self.grouped:
                 order["gauc"] = ratio(float(gauc_2K[0, k]), float(gauc_2K[1, k]))
             found[name] = {**order, **binary_values(sums_SK[:, k])}
@@ -174,7 +185,7 @@ class TaskMetrics:
             "sums": torch.from_numpy(self._sums_SK.copy()),
             "gauc": torch.from_numpy(self._gauc_2K.copy()),
             "bins": {name: _pack_bins(bins) for name, bins in self._bins.items()},
-            "rows": {name: torch.from_numpy(part) for name, part in rows._asdict().items()},
+            "rows": {name: torch.from_numpy(part.T.copy()) for name, part in zip(_SAVED, rows, strict=True)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -191,8 +202,8 @@ class TaskMetrics:
         self._sums_SK = state["sums"].numpy().copy()
         self._gauc_2K = state["gauc"].numpy().copy()
         self._bins = {name: _unpack_bins(packed) for name, packed in state["bins"].items()}
-        rows = _Rows(**{name: part.numpy().copy() for name, part in state["rows"].items()})
-        self._chunks, self._kept = [rows], len(rows.groups)
+        rows = _Rows(*(np.array(state["rows"][name].numpy().T, order="C") for name in _SAVED))
+        self._chunks, self._kept = [rows], len(rows.groups_N)
 
     def _columns(self) -> list[str]:
         """Return what each column means, for comparison with another's."""
@@ -200,37 +211,36 @@ class TaskMetrics:
 
     def _append(self, rows: _Rows) -> None:
         self._chunks.append(rows)
-        self._kept += len(rows.groups)
+        self._kept += len(rows.groups_N)
         if self._kept >= self.capacity:
             self._fold()
 
     def _fold(self) -> None:
-        rows = _Rows.cat(self._chunks, len(self.kinds))
-        self._sums_SK = merge_sums(self._sums_SK, self._sums_of(rows))
-        self._gauc_2K = self._gauc_2K + self._gauc_of(rows)
-        for k, (name, kind) in enumerate(self.kinds.items()):
+        tasks, self._sums_SK, self._gauc_2K = self._joined()
+        for (name, kind), columns in zip(self.kinds.items(), tasks, strict=True):
             if kind == "binary":
-                self._bins[name] = self._bins.get(name, 0.0) + histogram(*rows.task(k))
+                add_to_bins(self._bins.setdefault(name, np.zeros((2, BINS))), *columns)
         self._chunks, self._kept = [], 0
 
-    def _sums_of(self, rows: _Rows) -> Any:
-        return np.stack([task_sums(kind, *rows.task(k)) for k, kind in enumerate(self.kinds.values())], axis=1)
-
-    def _gauc_of(self, rows: _Rows) -> Any:
-        """Return the sums behind GAUC by task, [2, K]; zeros where it is not asked for."""
+    def _joined(self) -> tuple[list[tuple[Any, Any, Any]], Any, Any]:
+        """Return the columns of each task, and the sums [S, K] and those behind GAUC [2, K] with their rows."""
+        rows = _Rows.cat(self._chunks, len(self.kinds))
+        tasks = rows.by_task()
+        sums = [task_sums(kind, *columns) for kind, columns in zip(self.kinds.values(), tasks, strict=True)]
         found_2K = np.zeros_like(self._gauc_2K)
         if self.grouped:
-            groups = np.unique(rows.groups, return_inverse=True)[1]  # once, rather than for each task
+            groups = number_groups(rows.groups_N)  # once, rather than for each task
             for k, kind in enumerate(self.kinds.values()):
                 if kind == "binary":
-                    found_2K[:, k] = auc_sums(*rows.task(k), groups)
-        return found_2K
+                    found_2K[:, k] = auc_sums(*tasks[k], groups)
+        return tasks, merge_sums(self._sums_SK, np.stack(sums, axis=1)), self._gauc_2K + found_2K
 
-    def _auc_of(self, rows: _Rows, name: str, k: int) -> float:
+    def _auc_of(self, columns: tuple[Any, Any, Any], name: str) -> float:
         if name not in self._bins:
-            return auc(*rows.task(k))
-        pos, neg = self._bins[name] + histogram(*rows.task(k))
-        return ratio(*areas(pos, neg, np.array([0])))
+            return auc(*columns)
+        bins_2N = self._bins[name].copy()
+        add_to_bins(bins_2N, *columns)
+        return auc_of_bins(bins_2N)
 
 
 def _pack_bins(bins_2N: Any) -> dict[str, Tensor]:
@@ -256,6 +266,7 @@ class ProgressiveMetrics:
     """
 
     def __init__(self, kinds: Mapping[str, TaskKind], grouped: bool = True, capacity: int = CAPACITY) -> None:
+        self.kinds = dict(kinds)
         self._run, self._window, self._last_day = (TaskMetrics(kinds, grouped, capacity) for _ in range(3))
         self._day: int | None = None
 
@@ -278,12 +289,11 @@ class ProgressiveMetrics:
             scores_BK, labels_BK, weights_BK, groups_B: as for `TaskMetrics.update`.
             time_us_B: microseconds since 1970, UTC.
         """
-        rows = _Rows.copy_of(scores_BK, labels_BK, weights_BK, groups_B, len(self._run.kinds))
-        if not len(rows.groups):
-            return
+        update_all({"": self}, {"": scores_BK}, labels_BK, weights_BK, groups_B, time_us_B)
+
+    def _add(self, rows: _Rows, day_B: Any) -> None:
         self._run._append(rows)
         self._window._append(rows)
-        day_B = time_us_B.cpu().numpy() // DAY_US
         last = int(day_B.max())
         if self._day is None or last > self._day:
             self._day = last
@@ -321,3 +331,33 @@ class ProgressiveMetrics:
         self._window.load_state_dict(state["window"])
         self._last_day.load_state_dict(state["last_day"])
         self._day = state["day"]
+
+
+def update_all(
+    metrics: Mapping[str, ProgressiveMetrics],
+    scores: Mapping[str, Float[Tensor, "batch tasks"]],
+    labels_BK: Float[Tensor, "batch tasks"],
+    weights_BK: Float[Tensor, "batch tasks"],
+    groups_B: Int64[Tensor, " batch"],
+    time_us_B: Int64[Tensor, " batch"],
+) -> None:
+    """Add the rows of a batch to several metrics, each with scores of its own; they share one copy of the rest.
+
+    Args:
+        metrics: by name, of the same tasks.
+        scores: for each of them, as for `TaskMetrics.update`.
+        labels_BK, weights_BK, groups_B, time_us_B: as for `ProgressiveMetrics.update`.
+
+    Raises:
+        ConfigError: the shapes do not fit each other or the number of tasks.
+    """
+    shared: _Rows | None = None
+    day_B = time_us_B.cpu().numpy() // DAY_US
+    for name, each in metrics.items():
+        if shared is None:
+            shared = _Rows.copy_of(scores[name], labels_BK, weights_BK, groups_B, len(each.kinds))
+            rows = shared
+        else:
+            rows = shared.rescored(scores[name])
+        if len(day_B):
+            each._add(rows, day_B)
