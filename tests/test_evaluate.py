@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steadyrank.errors import CheckpointError, ConfigError
-from steadyrank.evaluate import GLOBAL, RunningMean, best, evaluate
+from steadyrank.evaluate import GLOBAL, SCORE_ROWS, RunningMean, best, evaluate, score
 from steadyrank.metrics import DAY_US, TaskMetrics
 from steadyrank.schema import Batch, Schema
 
@@ -193,3 +193,18 @@ def test_best_takes_the_higher_auc_and_the_lower_rmse() -> None:
     }
     assert best(values) == {"click": "item", "watch": "user", "like": "global"}
     assert best({}) == {}
+
+
+def test_a_cpu_scores_few_rows_at_once_and_every_row_once() -> None:
+    sizes: list[int] = []
+
+    class Ids(nn.Module):
+        def forward(self, batch: Batch) -> Tensor:
+            sizes.append(len(batch))
+            return batch.time[:, None].float().expand(-1, 2)
+
+    batch = replace(make(2 * SCORE_ROWS + 10), time=torch.arange(2 * SCORE_ROWS + 10))
+    model = Ids()
+    assert torch.equal(score(model, batch, tasks=2)[:, 1], batch.time.float())
+    assert (sizes, model.training) == ([SCORE_ROWS, SCORE_ROWS, 10], True)
+    assert score(model, make(0), tasks=2).shape == (0, 2)
