@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt lint types docs bench clean slow
+.PHONY: help demo test check fmt lint types docs bench bench-parts clean slow
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 # Two stamps, so that the demo does not wait for the tests' tools.
 $(BIN)/.package: pyproject.toml constraints.txt
@@ -44,11 +45,21 @@ types: $(BIN)/.dev  ## Check types
 docs: $(BIN)/.dev  ## Run every example in the docs and docstrings
 	$(BIN)/python -m pytest -q --doctest-modules steadyrank tests/test_docs.py
 
-bench: $(BIN)/.package  ## Run the benchmarks, short form
+# The peers have an environment of their own, with this package in it, so that all run on the same torch.
+$(PEERS)/.stamp: pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(PEERS)/bin/python -m pip install --quiet --no-deps torchrec==1.9.2
+	touch $@
+
+bench: $(PEERS)/.stamp  ## Train beside peers, short form: under ten minutes
+	$(PEERS)/bin/python benchmarks/speed/contest.py --short
+
+bench-parts: $(BIN)/.package  ## Run the benchmarks of the parts, short form
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/optimizer_step.py --rounds 10 --sizes 0.2M 14M --tables 1M
 
 check: lint types test  ## What CI runs
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,7 +66,7 @@ class _Ending:
         return islice(self._batches, 1)
 
 
-def train(job: Job, workers: int = 1, data_format: str = "npz") -> Outcome:
+def train(job: Job, workers: int = 0, data_format: str = "npz") -> Outcome:
     """Fit for one epoch, from a file of arrays or from Parquet, with `workers` processes that read."""
     rows = {part: job.load(part) for part in ("train", "valid")}
     features = FeatureMap("job", str(job.folder))

@@ -66,8 +66,12 @@ class RowWiseAdagrad(GuardedOptimizer):
 
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         start = group["initial_accumulator_value"]
-        rows = kernels.row_mean_square(param.detach().to(wide_dtype(param.dtype)))  # in the right place, if in shards
-        return {**super()._fresh_state(param, group), SUM: torch.full_like(rows, start)}
+        dtype = wide_dtype(param.dtype)
+        if type(param) in (Tensor, torch.nn.Parameter):
+            total = torch.full(param.shape[:1], start, dtype=dtype, device=param.device)
+        else:  # in shards, and in the right place then
+            total = torch.full_like(kernels.row_mean_square(param.detach().to(dtype)), start)
+        return {**super()._fresh_state(param, group), SUM: total}
 
     def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
         """Leave the rows where they are if they can be stepped there: gathering them costs more than the step."""
