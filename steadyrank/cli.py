@@ -246,17 +246,14 @@ def _wait_politely() -> None:
         os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
-def _get_ready() -> None:
-    """Have the C code built meanwhile, and keep torch's optimizers from loading torch's compiler, a second's work.
+def _spare_compiler() -> None:
+    """Keep torch's optimizers from loading torch's compiler, a second's work.
 
     They load it at the first call of these methods, only to have it pass them over, and keep here what they then call
     instead. Where another version of torch keeps nothing here, they load it.
     """
     from torch.optim import Optimizer
 
-    from . import native
-
-    native.prepare()
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         method = getattr(getattr(Optimizer, name), "__wrapped__", None)
         if method is not None:
@@ -267,7 +264,7 @@ def _train(config: "RunConfig", out: Path | None, overwrite: bool) -> Path:
     """Train in a new run folder and print what came out."""
     from .runs import RunFolder, next_folder
 
-    _get_ready()
+    _spare_compiler()
     parts = config.build(announce=say)  # before the folder is made: a wrong path or column leaves nothing behind
     with RunFolder.create(out or next_folder(config.name), overwrite=overwrite) as folder:
         folder.write_config(config.to_toml())
@@ -280,7 +277,7 @@ def _go_on(folder: "RunFolder", follow: bool) -> Path:
 
     text, sets = folder.config_text(), ["train.follow=true"] if follow else []
     config = RunConfig.from_toml(text, sets, where=str(folder.path))
-    _get_ready()
+    _spare_compiler()
     with folder:
         return _finish(config.build(resume=True, announce=say), folder, resume=True)
 

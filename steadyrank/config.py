@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from . import native
 from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
 from .errors import CheckpointError, ConfigError, near_path, nearest
@@ -182,6 +183,7 @@ class RunConfig(Settings):
         reader = self.build_reader(source or self.source(grows=resume), pin_memory=device.type == "cuda")
         if announce is not None:
             announce(self.check_memory(reader))
+        native.prepare()  # the compiler runs while weights are drawn and the first window is read
         model = self.build_model()
         optimizers = self.build_optimizers(model)
         summary, precision = model.summary(), self.choose_precision(model, device)

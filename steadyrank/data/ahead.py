@@ -1,5 +1,7 @@
 """What is made ahead of its use, in a thread of its own."""
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -49,6 +51,8 @@ def _start(pool: ThreadPoolExecutor) -> int:
     def be_alone() -> int:
         torch.get_num_threads()  # a thread takes over the number of all at its first look, and now has had that
         torch.set_num_threads(1)  # for this thread ...
+        if sys.platform == "linux":  # where each thread has a priority of its own: steps come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         return threading.get_ident()
 
     threads = torch.get_num_threads()

@@ -58,8 +58,9 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def prepare() -> None:
-    """Build the C code beside other work: the compiler is a process of its own."""
-    threading.Thread(target=_found, name="steadyrank-native", daemon=True).start()
+    """Build the C code beside other work, if it is not there yet: the compiler is a process of its own."""
+    if not _library.cache_info().currsize:
+        threading.Thread(target=_found, name="steadyrank-native").start()
 
 
 def is_plain(x: Tensor, *dtypes: torch.dtype) -> bool:
