@@ -1,11 +1,11 @@
-"""What it costs how torch's threads wait for one another: alone on the machine, and beside one busy process.
+"""What it costs how torch's threads wait for one another: alone on the machine, and beside other processes.
 
     python benchmarks/waiting.py [--spins 0 500 ...] [--steps N] [--write]
 
 OpenMP's threads wait in a loop before they sleep, by itself practically for ever; `GOMP_SPINCOUNT` says how often it
-goes round. Each setting is a process of its own that makes training steps of the common job (see growth.py), first with
-the machine to itself, then while another process computes in one thread. `--write` puts the table into a results file
-beside this script, named after the hardware.
+goes round. Each setting is a process of its own that makes training steps of the common job (see growth.py): with the
+machine to itself, while another process computes in one thread, and while another trains as it does itself. `--write`
+puts the table into a results file beside this script, named after the hardware.
 """
 
 import argparse
@@ -14,23 +14,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 
 DEFAULT = "torch's own"
+OTHERS = ("alone", "beside a busy thread", "beside another training")
 
 
-class Busy(AbstractContextManager[None]):
-    """A process that computes in one thread."""
-
-    def __enter__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+@contextmanager
+def beside(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[None]:
+    """Let another process run."""
+    process = subprocess.Popen(command, env=dict(environment), stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def measure(steps: int) -> float:
@@ -50,14 +51,19 @@ def measure(steps: int) -> float:
     return 1e3 * statistics.median(spent[growth.WARM_UP :])
 
 
-def run(setting: str, steps: int, beside: AbstractContextManager[None]) -> float:
-    """Measure in a process that waits as `setting` says."""
+def run(setting: str, steps: int, other: str) -> float:
+    """Measure in a process that waits as `setting` says, beside `other`."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     if setting != DEFAULT:
         environment["GOMP_SPINCOUNT"] = setting
-    with beside:
-        command = [sys.executable, __file__, "--child", "--steps", str(steps)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    training = [sys.executable, __file__, "--child", "--steps"]
+    others = {
+        OTHERS[0]: nullcontext(),
+        OTHERS[1]: beside([sys.executable, "-c", "while True: pass"], environment),
+        OTHERS[2]: beside([*training, "1000000"], environment),
+    }
+    with others[other]:
+        done = subprocess.run([*training, str(steps)], env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -72,15 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.child:
         print(measure(arguments.steps))
         return
-    alone: dict[str, list[float]] = {setting: [] for setting in arguments.spins}
-    beside: dict[str, list[float]] = {setting: [] for setting in arguments.spins}
+    found: dict[tuple[str, str], list[float]] = {(s, other): [] for s in arguments.spins for other in OTHERS}
     for _ in range(arguments.rounds):
-        for setting in arguments.spins:
-            alone[setting].append(run(setting, arguments.steps, nullcontext()))
-            beside[setting].append(run(setting, arguments.steps, Busy()))
-    lines = ["| rounds of the loop | ms a step, alone | beside a busy process |", "|---|---|---|"]
+        for (setting, other), spent in found.items():
+            spent.append(run(setting, arguments.steps, other))
+    lines = [f"| rounds of the loop | ms a step, {' | '.join(OTHERS)} |", "|---|---|---|---|"]
     for setting in arguments.spins:
-        lines.append(f"| {setting} | {_spread(alone[setting])} | {_spread(beside[setting])} |")
+        lines.append(f"| {setting} | {' | '.join(_spread(found[setting, other]) for other in OTHERS)} |")
     print("\n".join(lines))
     if arguments.write:
         import growth

@@ -239,8 +239,8 @@ def main() -> None:
 def _wait_politely() -> None:
     """Let torch's threads wait for one another a moment and then sleep, unless the user says how; before torch loads.
 
-    By itself OpenMP waits in a loop that takes the core from whoever it waits for: beside one busy process, or our own
-    thread that reads ahead, a step took 3 to 20 times as long. docs/performance.md has the figures.
+    By itself OpenMP waits in a loop that takes the core from whoever it waits for: beside another training a step took
+    50 times as long. Sleeping at once is slow, too. docs/performance.md has the figures.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "2000"
