@@ -184,6 +184,8 @@ def measure_lengths(lengths: Sequence[int]) -> list[str]:
             rest = time.perf_counter() - start - summary["seconds"]
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             lines.append(f"| {rows:,} | {summary['rows_per_s']:,.0f} | {rest:.1f} | {most:.2f} GB |")
+            del parts
+            gc.collect()
     return lines
 
 

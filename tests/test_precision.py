@@ -143,4 +143,4 @@ def test_a_run_is_told_its_precision_and_says_it() -> None:
     assert parts.model.precision is torch.bfloat16
     assert parts.facts["precision"] == "layers compute in bfloat16: train.precision says so"
     small = demo(["data.rows=2000"]).build()
-    assert small.model.precision is torch.float32  # the demo's numbers are the same everywhere
+    assert small.model.precision is torch.float32
