@@ -31,10 +31,9 @@ class _Package(ModuleType):
         return sorted({*super().__dir__(), *dir(import_module(f"{__name__}.public"))})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (
-            name in _TWINS and isinstance(value, ModuleType)
-        ):  # else a module would hide its twin once it is loaded
-            super().__setattr__(name, value)
+        if name in _TWINS and isinstance(value, ModuleType):
+            return  # the module would hide its twin once it is loaded
+        super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package
