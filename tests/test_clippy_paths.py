@@ -439,6 +439,7 @@ print("all")
 """
 
 
+@pytest.mark.slow
 def test_compiled_by_torch_it_takes_the_same_step() -> None:
     # In a process of its own, where the tests' run-time checks of shapes are not in torch.compile's way.
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)

@@ -144,6 +144,7 @@ def test_a_resumed_run_reads_and_warns_as_the_run_that_went_through(tmp_path: Pa
     assert whole.summary()["tasks"] == killed.summary()["tasks"]
 
 
+@pytest.mark.slow
 def test_an_incident_is_warned_of_and_explained(tmp_path: Path) -> None:
     folder = train(tiny(*LONGER, f"data.incidents=[{UNITS % 0.6}]"), tmp_path / "run")
     struck = range(73, 83)  # of 120 steps

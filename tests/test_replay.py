@@ -95,6 +95,7 @@ def test_a_replay_between_two_readings_goes_on_to_the_next(tmp_path: Path) -> No
     assert found.compared == 2 * 7  # the rows of steps 7 and 14, six tasks and the total
 
 
+@pytest.mark.slow
 def test_a_run_that_went_another_way_is_told(struck: RunFolder, tmp_path: Path) -> None:
     other = RunConfig.from_toml(struck.config_text(), ["optimizer.dense.lr=0.05"])
     changed = train(other, tmp_path / "run")
@@ -175,6 +176,7 @@ def test_a_bad_step_is_replayed(tmp_path: Path) -> None:
     assert "its loss was not finite" in found.cause.sentence
 
 
+@pytest.mark.slow
 def test_steps_are_replayed_through_a_damping_and_from_after_a_return(tmp_path: Path) -> None:
     """The run is damped, goes back to an earlier state, and leaves data out."""
     incident = "data.incidents=[{kind='units', at=0.4, length=0.2, target='watch_time', strength=1e9}]"

@@ -210,6 +210,7 @@ class Recorded(RunFolder):
         return self.tables.get(table, {"step": np.zeros(0, np.int64), "time": np.zeros(0)})
 
 
+@pytest.mark.slow
 def test_a_large_run_makes_a_page_below_5_mb(tmp_path: Path) -> None:
     tasks = tuple(f"task_number_{i}" for i in range(20))
     parts = ("weight", "bias")

@@ -44,6 +44,7 @@ def test_two_runs_are_bitwise_the_same(tmp_path: Path) -> None:
     check_same_run(train(tiny(), tmp_path / "a"), train(tiny(), tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     a, b = train(tiny(), tmp_path / "a"), train(tiny("seed=1"), tmp_path / "b")
     assert any(not torch.equal(weights_of(a)[key], weights_of(b)[key]) for key in weights_of(a))

@@ -326,6 +326,7 @@ def test_of_several_steps_after_one_loss_the_first_is_read() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 def test_a_compiled_model_is_watched_but_for_its_tasks_conflict() -> None:
     found = []
