@@ -73,6 +73,19 @@ def test_a_row_outside_of_the_table_is_refused(with_c: bool, ids: list[int]) -> 
         rows.gather(torch.zeros(3, 2), torch.tensor(ids))
 
 
+@pytest.mark.skipif(not HAS_C, reason="no compiler")
+@pytest.mark.parametrize("ids", [[-1], [1, 3], [2**40]])
+@pytest.mark.parametrize("is_coalesced", [True, False])
+def test_a_gradient_outside_of_the_table_writes_nowhere(ids: list[int], is_coalesced: bool) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    weight.grad = torch.sparse_coo_tensor(
+        torch.tensor([ids]), torch.ones(len(ids), 2), (3, 2), is_coalesced=is_coalesced, check_invariants=False
+    )
+    with pytest.raises(IndexError, match="expected rows from 0 to 2, came"):
+        RowWiseAdagrad([weight], lr=0.1).step()
+    assert (weight == 0).all()
+
+
 @both_ways
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

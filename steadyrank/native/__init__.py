@@ -30,10 +30,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "steadyrank_clippy_step": (_INT, [_POINTER, _POINTER, _LONG, _INT]),
     "steadyrank_look_up": (_INT, [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT]),
     "steadyrank_put_back": (None, [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]),
-    "steadyrank_sum_rows": (_LONG, [_POINTER, _LONG, _POINTER, _INT, _LONG, _POINTER, _POINTER, _INT]),
+    "steadyrank_sum_rows": (_LONG, [_POINTER, _LONG, _LONG, _POINTER, _INT, _LONG, _POINTER, _POINTER, _INT]),
     "steadyrank_rowwise_adagrad": (
         _INT,
-        [_POINTER, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _FLOAT, _FLOAT, _FLOAT, _INT],
+        [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _FLOAT, _FLOAT, _FLOAT, _INT],
     ),
 }
 _building = threading.Lock()

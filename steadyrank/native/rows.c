@@ -30,13 +30,18 @@ INLINE void ask_for(const float *row, int64_t width) {
     for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(row + j, 1);
 }
 
-/* out[i] = table[ids[i]], in bfloat16 where asked. Returns 0, or 1 if an id lies outside of the table. */
-int steadyrank_look_up(const float *table, int64_t rows, int64_t width, const int64_t *ids, int64_t n, void *out,
-                       int bf16, int threads) {
+/* Nothing is read or written through an id that lies outside of the table. */
+static int any_outside(const int64_t *ids, int64_t n, int64_t rows) {
     int outside = 0;
     #pragma omp simd reduction(| : outside)
     for (int64_t i = 0; i < n; i++) outside |= (uint64_t)ids[i] >= (uint64_t)rows;
-    if (outside) return 1;
+    return outside;
+}
+
+/* out[i] = table[ids[i]], in bfloat16 where asked. Returns 0, or 1 if an id lies outside of the table. */
+int steadyrank_look_up(const float *table, int64_t rows, int64_t width, const int64_t *ids, int64_t n, void *out,
+                       int bf16, int threads) {
+    if (any_outside(ids, n, rows)) return 1;
     #pragma omp parallel for schedule(static) num_threads(threads) if (n > FEW)
     for (int64_t i = 0; i < n; i++) {
         if (i + AHEAD < n) ask_for(table + ids[i + AHEAD] * width, width);
@@ -95,9 +100,11 @@ INLINE void add_row(float *restrict sum, const void *values, int bf16, int64_t p
 }
 
 /* Sum the rows of `values` [n, width] that have the same id, in their order, into `sums`; the ids, rising, into `rows`.
- * Ids and n are below 2^32. Returns how many there are, or -1 if there was no memory. */
-int64_t steadyrank_sum_rows(const int64_t *ids, int64_t n, const void *values, int bf16, int64_t width, int64_t *rows,
-                            float *sums, int threads) {
+ * The table's rows and n are below 2^32. Returns how many there are, -1 if there was no memory, or -2 if an id lies
+ * outside of the table. */
+int64_t steadyrank_sum_rows(const int64_t *ids, int64_t n, int64_t table_rows, const void *values, int bf16,
+                            int64_t width, int64_t *rows, float *sums, int threads) {
+    if (any_outside(ids, n, table_rows)) return -2;
     uint64_t *packed = malloc(sizeof(uint64_t) * 2 * (n + 1)), *sorted, largest = 0;
     int64_t *starts = malloc(sizeof(int64_t) * (n + 1)), found = 0;
     if (packed == NULL || starts == NULL) { free(packed); free(starts); return -1; }
@@ -123,9 +130,11 @@ int64_t steadyrank_sum_rows(const int64_t *ids, int64_t n, const void *values, i
 
 /* One step of row-wise Adagrad on the rows of a table:
  *   total += mean(g^2),   w -= lr * g / (sqrt(total) + eps)
- * Returns 1 if a coordinate is larger than `limit` or a NaN, and nothing was changed then; else 0. */
-int steadyrank_rowwise_adagrad(float *table, float *total, int64_t width, const int64_t *rows, int64_t n,
-                               const float *grads, float lr, float eps, float limit, int threads) {
+ * Returns 1 if a coordinate is larger than `limit` or a NaN, 2 if a row lies outside of the table, and nothing was
+ * changed then; else 0. */
+int steadyrank_rowwise_adagrad(float *table, float *total, int64_t table_rows, int64_t width, const int64_t *rows,
+                               int64_t n, const float *grads, float lr, float eps, float limit, int threads) {
+    if (any_outside(rows, n, table_rows)) return 2;
     int bad = 0;
     #pragma omp parallel for simd schedule(static) reduction(| : bad) num_threads(threads) if (n > FEW)
     for (int64_t i = 0; i < n * width; i++) bad |= !(fabsf(grads[i]) <= limit);

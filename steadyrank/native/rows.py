@@ -34,7 +34,7 @@ def gather(
     if function("steadyrank_look_up")(
         table.data_ptr(), *size, out.data_ptr(), dtype is torch.bfloat16, torch.get_num_threads()
     ):
-        raise IndexError(f"expected rows from 0 to {len(table) - 1}, came {int(rows_N.min())} to {int(rows_N.max())}")
+        raise _outside(rows_N, len(table))
     return out
 
 
@@ -68,9 +68,18 @@ def sparse_gradient(rows_N: Int64[Tensor, " N"], values: Float[Tensor, "N *W"], 
         return _sparse(rows_N, values.to(torch.promote_types(values.dtype, torch.float32)), size)
     rows_U, sums = torch.empty_like(rows_N), torch.empty(values.shape)
     found = function("steadyrank_sum_rows")(
-        *(rows_N.data_ptr(), len(rows_N), values.data_ptr(), values.dtype is torch.bfloat16, values[:1].numel()),
+        *(
+            rows_N.data_ptr(),
+            len(rows_N),
+            size[0],
+            values.data_ptr(),
+            values.dtype is torch.bfloat16,
+            values[:1].numel(),
+        ),
         *(rows_U.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
     )
+    if found == -2:
+        raise _outside(rows_N, size[0])
     if found < 0:
         raise MemoryError("no memory to sum the gradient of an embedding table by its rows")
     return _sparse(rows_U[:found], sums[:found], size, is_coalesced=True)
@@ -114,9 +123,12 @@ def step_rowwise_adagrad(
     """
     rows_U, values = grad.indices()[0], grad.values()
     refused = function("steadyrank_rowwise_adagrad")(
-        *(table.data_ptr(), total_R.data_ptr(), _width(table), rows_U.data_ptr(), len(rows_U), values.data_ptr()),
+        *(table.data_ptr(), total_R.data_ptr(), len(table), _width(table)),
+        *(rows_U.data_ptr(), len(rows_U), values.data_ptr()),
         *(lr, eps, limit, torch.get_num_threads()),
     )
+    if refused == 2:
+        raise _outside(rows_U, len(table))
     if not refused:
         _wrote(table, total_R)
     return not refused
@@ -132,6 +144,10 @@ def _usable() -> bool:
 
 def _width(table: Tensor) -> int:
     return table[:1].numel()
+
+
+def _outside(rows_N: Tensor, count: int) -> IndexError:
+    return IndexError(f"expected rows from 0 to {count - 1}, came {int(rows_N.min())} to {int(rows_N.max())}")
 
 
 def _wrote(*tensors: Tensor) -> None:
