@@ -101,9 +101,9 @@ def coalesce(grad: Tensor) -> Tensor:
 
 
 def can_step(table: Float[Tensor, "R *W"], total_R: Float[Tensor, " R"], grad: Tensor) -> bool:
-    """Say whether `step_rowwise_adagrad` takes these: `grad` is sparse and coalesced."""
-    plain = is_plain(total_R, torch.float32) and is_plain(grad.values(), torch.float32)
-    return plain and len(total_R) == len(table) and _taken(table, grad.indices()[0])
+    """Say whether `step_rowwise_adagrad` takes these, `grad` once it is coalesced."""
+    plain = is_plain(total_R, torch.float32) and is_plain(grad._values(), torch.float32)
+    return plain and len(total_R) == len(table) and _taken(table, grad._indices()[0])
 
 
 def step_rowwise_adagrad(

@@ -76,12 +76,12 @@ class RowWiseAdagrad(GuardedOptimizer):
     def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
         """Leave the rows where they are if they can be stepped there: gathering them costs more than the step."""
         grad = param.grad
-        if grad is not None and grad.is_sparse and grad.sparse_dim() == 1 and math.isfinite(group["lr"]):
-            state, grad = self.state[param], coalesce(grad)
+        if grad is not None and grad.is_sparse and grad.is_cpu and grad.sparse_dim() == 1:
+            state = self.state[param]
             if not state:
                 state.update(self._fresh_state(param, group))
-            if can_step(param, state[SUM], grad):
-                return Touched(param, param, grad, state)
+            if can_step(param, state[SUM], grad) and math.isfinite(group["lr"]):
+                return Touched(param, param, coalesce(grad), state)
         return super()._touch(param, index, group)
 
     def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
