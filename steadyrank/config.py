@@ -93,24 +93,34 @@ class RunConfig(Settings):
             raise ValueError("train.follow: a generated stream never grows; give data.path, the folder of a log")
         return self
 
+    @model_validator(mode="after")
+    def _is_watched(self) -> "RunConfig":
+        if self.train.give_up_windows is not None and not self.watch.enabled:
+            raise ValueError("train.give_up_windows: only the instruments see a divergence; set watch.enabled = true")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
-        """Data without a source is a log; a generated stream knows what its columns mean."""
+        """Data without a source is a log; a generated stream knows what its columns mean, but for what is given."""
         if not isinstance(data, Mapping):
             return data
         source = data.get("data")
         if isinstance(source, Mapping):
             source = {"source": "logs", **source}
             data = {**data, "data": source}
-        if "schema" in data or "schema_" in data:
+        if not isinstance(source, StreamConfig) and not (isinstance(source, Mapping) and source["source"] == "stream"):
             return data
-        if isinstance(source, Mapping) and source["source"] == "stream":
-            try:
-                source = StreamConfig.model_validate(source)
-            except ValidationError:
-                return data  # refused again below, under its full path
-        return {**data, "schema": Stream(source).schema()} if isinstance(source, StreamConfig) else data
+        given = data.get("schema", data.get("schema_", {}))
+        if not isinstance(given, Mapping) or {"features", "tasks"} <= given.keys():  # a whole schema
+            return data
+        rest = {key: value for key, value in data.items() if key not in ("schema", "schema_")}
+        try:
+            stream = StreamConfig.model_validate(source)
+        except ValidationError:
+            return rest  # refused again below, under its full path
+        own = Stream(stream).schema()
+        return {**rest, "schema": _merge(own.model_dump(), given) if given else own}
 
     def source(self, *, grows: bool = False) -> Source:
         """Open the log; where it `grows`, files that do not fit are passed over and reported in the run."""
@@ -189,6 +199,7 @@ class RunConfig(Settings):
         summary, precision = model.summary(), self.choose_precision(model, device)
         model.precision = precision.dtype
         facts = {
+            "log_rows": reader.rows,
             "parameters": {"dense": summary.dense, "embedding": summary.embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
             "precision": str(precision),
@@ -227,18 +238,50 @@ class RunConfig(Settings):
         Raises:
             ConfigError: Not TOML, an unknown key (with its path and the nearest name), or a value out of range.
         """
-        try:
-            if len(text) > _MOST_LETTERS:
-                raise ValueError(f"it has {len(text):,} letters, and at most {_MOST_LETTERS:,} are read")
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # of a number of 10,000 digits, of a thousand nested lists, too
-            raise ConfigError(f"{where}: not TOML: {error}") from error
-        for override in overrides:
-            _override(data, override)
+        data = parse_toml(text, overrides, where)
+        data.pop("ladder", None)  # read by `steadyrank ladder` alone: one file is a run, and a ladder of such runs
+        return cls.from_dict(data, where)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the configuration") -> "RunConfig":
+        """Make a configuration of what `parse_toml` returned.
+
+        Args:
+            data: Tables and values, as TOML has them.
+            where: Names them in messages.
+
+        Raises:
+            ConfigError: An unknown key (with its path and the nearest name), or a value out of range.
+        """
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(_explain(error, data, where)) from error
+
+
+def parse_toml(text: str, overrides: Sequence[str] = (), where: str = "the configuration") -> dict[str, Any]:
+    """Read TOML, and set in it what the overrides say; whether such keys exist is seen later.
+
+    >>> parse_toml("[train]\\nlog_every = 5", ["train.log_every=7", "name=other"])
+    {'train': {'log_every': 7}, 'name': 'other'}
+
+    Args:
+        text: TOML.
+        overrides: `part.field=value` each, the value as TOML has it (a bare word is a string).
+        where: Names the text in messages.
+
+    Raises:
+        ConfigError: Not TOML, or an override that cannot be read.
+    """
+    try:
+        if len(text) > _MOST_LETTERS:
+            raise ValueError(f"it has {len(text):,} letters, and at most {_MOST_LETTERS:,} are read")
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of a number of 10,000 digits, of a thousand nested lists, too
+        raise ConfigError(f"{where}: not TOML: {error}") from error
+    for override in overrides:
+        _override(data, override)
+    return data
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -247,15 +290,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: There is no such file, or what it says cannot be.
     """
+    return RunConfig.from_toml(read_text(path), overrides, str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Return what a configuration file holds.
+
+    Raises:
+        ConfigError: There is no such file, or it is not text.
+    """
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:  # a pipe, perhaps
-            text = file.read(_MOST_LETTERS + 1)
+            return file.read(_MOST_LETTERS + 1)
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file '{path}'{near_path(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' cannot be read as a text file: {error}") from error
-    return RunConfig.from_toml(text, overrides, str(path))
 
 
 def demo(overrides: Sequence[str] = ()) -> RunConfig:
@@ -290,6 +341,19 @@ def _one_line(config: OptimizerConfig) -> str:
     """Show an optimizer in a few words: its name, rate and clip."""
     clip = f", {config.clip.name}" if config.clip is not None else ""
     return f"{config.name} (lr {config.lr:g}{clip})"
+
+
+def _merge(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with what is given in its place, table by table.
+
+    >>> _merge({"tasks": {"click": {"kind": "binary"}}, "group": "user"}, {"tasks": {"click": {"loss_weight": 2.0}}})
+    {'tasks': {'click': {'kind': 'binary', 'loss_weight': 2.0}}, 'group': 'user'}
+    """
+    merged = dict(base)
+    for key, value in given.items():
+        below = base.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -24,7 +24,6 @@ from .recovery import Trouble
 from .runs import RunFolder
 from .schema import Batch, Schema
 
-_CAUSES = 5  # in one run: each takes some seconds
 _CAUSES_APART = 200
 
 
@@ -161,8 +160,9 @@ class Instruments:
         return torch.stack([task.loss_weight * loss for task, loss in zip(tasks, losses_K.unbind(), strict=True)])
 
     def _explain(self, step: int, why: str) -> None:
-        """Find what stood behind a step, and write it down: some seconds, so a few times in a run at most."""
-        if len(self._explained) >= _CAUSES or (self._explained and step - self._explained[-1] < _CAUSES_APART):
+        """Find what stood behind a step, and write it down, unless that was done often enough or just now."""
+        near = bool(self._explained) and step - self._explained[-1] < _CAUSES_APART
+        if near or len(self._explained) >= self.config.causes:
             return
         self._explained.append(step)
         since = step

@@ -1,5 +1,7 @@
 """What a run is made of, and how far it is."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,7 +16,7 @@ from .errors import ConfigError
 from .monitors.watch import WatchConfig
 from .precision import Precision, PrecisionName
 from .recovery import RecoveryConfig
-from .schema import Schema
+from .schema import Batch, Schema
 from .settings import Settings
 from .trackers import TrackersConfig
 
@@ -29,6 +31,8 @@ class TrainConfig(Settings):
     precision: PrecisionName = "auto"
     """In which layers compute: `float32`, `tf32` (GPUs), `bfloat16`, or `auto`: bfloat16 where the processor has it and
     the model is large enough to gain. Weights, optimizers, losses, logits and metrics stay in float32."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which all learning rates rise, by the same amount in each; bounds do not. 0 for none."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two readings; they cross to the host together."""
     window_steps: int = Field(default=100, ge=1)
@@ -48,8 +52,14 @@ class TrainConfig(Settings):
     """After a step whose loss or gradient is not finite (its update is left out): stop the run, or count and go on."""
     max_bad_steps: int = Field(default=100, ge=1)
     """Bad steps in a row after which the run stops in any case."""
+    give_up_windows: int | None = Field(default=None, ge=1)
+    """Progressive windows after which a run that has fully diverged ends: every task that had learned is worse than a
+    constant in each of them. Where none had, after three times as many in which all are far worse. Never when left
+    out."""
     quarantine_rows: bool = False
     """Leave out a row of an embedding's gradient that is not finite alone, and go on with the rest of the step."""
+    report: bool = True
+    """Draw the report, report.html, at the end: some seconds. `steadyrank report` draws it later."""
     follow: bool = False
     """At the end of the log, wait for new files and go on: `--follow`. A window then ends where its file ends."""
     follow_every_s: float = Field(default=10.0, gt=0)
@@ -111,6 +121,59 @@ class Parts:
         torch.set_rng_state(state["generators"]["torch"])
         if "cuda" in state["generators"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
+
+class Clock:
+    """How long a run has trained, how fast, and over which stretch of the log's time.
+
+    >>> clock = Clock()
+    >>> clock.load_state_dict({"seconds": 8.0, "first_time": 0, "last_time": 86_400_000_000})
+    >>> clock.summary(rows=100)
+    {'seconds': 8.0, 'rows_per_s': 12.5, 'first_time_s': 0.0, 'last_time_s': 86400.0}
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Seconds of training, in all processes that had a part in the run."""
+        self.first_time: int | None = None
+        """Earliest time that was learned, in microseconds since 1970; None before the first step."""
+        self.last_time: int | None = None
+        """The latest."""
+        self.start(0)
+
+    def start(self, rows: int) -> None:
+        """Begin to count, with so many rows learned; what lies before is not."""
+        self._since, self._rows = time.perf_counter(), rows
+
+    def lap(self, rows: int) -> float:
+        """Count the time since the start or the last lap, and return the rows learned in a second of it."""
+        since, learned = self._since, rows - self._rows
+        self.start(rows)
+        self.seconds += self._since - since
+        return learned / (self._since - since) if self._since > since else math.nan
+
+    def note(self, batch: Batch) -> None:
+        """Note of when the rows are that were learned."""
+        low, high = int(batch.time.min()), int(batch.time.max())
+        self.first_time = low if self.first_time is None else min(low, self.first_time)
+        self.last_time = high if self.last_time is None else max(high, self.last_time)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from; plain values."""
+        return {"seconds": self.seconds, "first_time": self.first_time, "last_time": self.last_time}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; the rest of what it holds is passed over."""
+        self.seconds, self.first_time, self.last_time = state["seconds"], state["first_time"], state["last_time"]
+
+    def summary(self, rows: int) -> dict[str, Any]:
+        """Return what the run's summary says of its times."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "rows_per_s": round(rows / self.seconds, 1) if self.seconds else 0.0,
+            "first_time_s": None if self.first_time is None else self.first_time / 1e6,
+            "last_time_s": None if self.last_time is None else self.last_time / 1e6,
+        }
 
 
 class Progress(NamedTuple):

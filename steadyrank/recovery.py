@@ -341,18 +341,41 @@ class _Damped(NamedTuple):
         return self.factor ** (1 - past / config.restore_steps) if past < config.restore_steps else 1.0
 
 
+def warm_up(step: int, steps: int) -> float:
+    """Return the share of the learning rate that a step has while a run warms up: min(1, step / steps).
+
+    >>> [warm_up(step, 4) for step in (1, 2, 4, 5)], warm_up(1, 0)
+    ([0.25, 0.5, 1.0, 1.0], 1.0)
+    """
+    return step / steps if step < steps else 1.0
+
+
+class _Changed(NamedTuple):
+    """An option of a group that is changed for now."""
+
+    group: dict[str, Any]
+    option: str
+    base: Any
+    """Its own value."""
+    damped: bool
+    """It is damped, where something is."""
+
+
 class Damper:
     """Makes the steps of all optimizers, or a task's share of the loss, smaller for a while.
 
+    While the run warms up that is the learning rate; damped is what the configuration says. Both multiply.
+
     What it changes are options of the optimizers' groups, or `scales_K`, which the loss takes. Put back, they are what
     they were, bit for bit. Optimizers are saved and loaded inside `undamped()`, so that a state dict never holds
-    a damped rate: another run that starts from it is not damped for ever. A scheduler steps in there as well.
+    a smaller rate: another run that starts from it is not damped for ever. A scheduler steps in there as well.
 
     Args:
         config: What is damped, how far and how long.
         optimizers: All of them, by name.
         tasks: Their names, in the order of the losses.
         device: Where the losses lie.
+        warmup_steps: Steps over which the learning rates rise (`warm_up`); the bounds do not.
 
     >>> layer = torch.nn.Linear(2, 1)
     >>> sgd = torch.optim.SGD(layer.parameters(), lr=0.4)
@@ -373,13 +396,15 @@ class Damper:
         optimizers: Mapping[str, Optimizer],
         tasks: Sequence[str],
         device: torch.device | str = "cpu",
+        warmup_steps: int = 0,
     ) -> None:
         self.config, self.optimizers, self.tasks = config, optimizers, list(tasks)
+        self.warmup_steps = warmup_steps
         self.scales_K = torch.ones(len(self.tasks), device=device)
         """By what each task's loss is multiplied; changed in place."""
         self._damped: dict[str, _Damped] = {}
-        self._scale = 1.0
-        self._base: list[tuple[dict[str, Any], str, Any]] = []
+        self._scale = self._warm = 1.0  # what holds now
+        self._changed: list[_Changed] = []
 
     def begin(self, step: int, task: str = "") -> str:
         """Damp from the next step on, and return what is done, in words.
@@ -396,9 +421,8 @@ class Damper:
         return f"{self._describe(key)} x {factor:.3g} for {config.steps} steps, then back over {config.restore_steps}"
 
     def apply(self, step: int) -> None:
-        """Set what holds for the step that is about to be made. Waits for no device; nothing to do when not damped."""
-        if not self._damped:
-            return
+        """Set what holds for the step that is about to be made. Waits for no device; most often nothing is to do."""
+        whole = self._scale
         for key, damped in list(self._damped.items()):
             scale = damped.scale(step, self.config)
             if scale == 1.0:
@@ -406,55 +430,58 @@ class Damper:
             if key:
                 self.scales_K[self.tasks.index(key)] = scale
             else:
-                self._set(scale)
+                whole = scale
+        self._set(whole, warm_up(step, self.warmup_steps))
 
     @contextmanager
     def undamped(self) -> Iterator[None]:
         """Let the optimizers have their own options in the block, to be saved, loaded or changed."""
-        scale = self._scale
-        self._set(1.0)
+        scale, warm = self._scale, self._warm
+        self._set(1.0, 1.0)
         try:
             yield
         finally:
-            self._set(scale)
+            self._set(scale, warm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is damped since when; plain values. The options themselves are saved with the optimizers."""
+        """Return what is damped since when; plain values. The options themselves are saved with the optimizers.
+
+        Of the warm-up there is nothing to remember: the number of the step tells.
+        """
         return {key: list(damped) for key, damped in self._damped.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; `apply` then sets what holds."""
-        self._set(1.0)
+        self._set(1.0, 1.0)
         self.scales_K.fill_(1.0)
         known = {"", *self.tasks}
         self._damped = {key: _Damped(*damped) for key, damped in state.items() if key in known}
 
-    def _set(self, scale: float) -> None:
-        """Multiply the options of all groups by `scale`; a scale of 1 puts them back exactly."""
-        if scale == self._scale:
+    def _set(self, scale: float, warm: float) -> None:
+        """Multiply what is damped of all groups by `scale`, the rates by `warm`; 1 and 1 put all back exactly."""
+        if (scale, warm) == (self._scale, self._warm):
             return
-        if self._scale == 1.0:
-            self._base = [
-                (group, option, value.clone() if isinstance(value := group[option], Tensor) else value)
+        if self._scale == self._warm == 1.0:
+            self._changed = [
+                _Changed(group, option, value.clone() if isinstance(value := group[option], Tensor) else value, damped)
                 for optimizer in self.optimizers.values()
                 for group in optimizer.param_groups
-                for option in self._options(group)
+                for option, damped in self._options(group).items()
             ]
-        for group, option, base in self._base:
-            value = base if scale == 1.0 else base * scale
+        for group, option, base, damped in self._changed:
+            factor = (scale if damped else 1.0) * (warm if option == "lr" else 1.0)
+            value = base if factor == 1.0 else base * factor
             if isinstance(value, Tensor):  # in place: a captured or compiled step has this very tensor
                 group[option].copy_(value)
             else:
                 group[option] = value
-        self._scale = scale
+        self._scale, self._warm = scale, warm
 
-    def _options(self, group: Mapping[str, Any]) -> list[str]:
-        """Return the options of a group that are damped."""
-        what = self.config.what
+    def _options(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        """Return the options of a group that may change, and whether they are damped."""
         bound = [option for option in _BOUND if option in group] if _has_bound(group) else []
-        if what == "rate" or (what == "threshold" and not bound):
-            return ["lr"]
-        return bound if what == "threshold" else ["lr", *bound]
+        what = self.config.what if bound else "rate"
+        return {"lr": what != "threshold", **dict.fromkeys(bound, what != "rate")}
 
     def _describe(self, key: str) -> str:
         if key:

@@ -116,7 +116,8 @@ class _Walk:
         self.parts, self.step = parts, step
         self.reference = Reference()
         self._cursor = Cursor()
-        self._rescue = Rescue(parts.recovery, parts.optimizers, list(parts.schema.tasks), parts.device, kept)
+        tasks, warmup = list(parts.schema.tasks), parts.config.warmup_steps
+        self._rescue = Rescue(parts.recovery, parts.optimizers, tasks, parts.device, kept, warmup)
         self._damped: dict[int, str] = {}
         self._states: dict[int, dict[str, Tensor]] = {}
         self._batch: Batch | None = None

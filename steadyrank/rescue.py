@@ -25,6 +25,7 @@ class Rescue:
         tasks: Names of the tasks.
         device: Of the model.
         kept: The checkpoints on disk.
+        warmup_steps: Steps over which the learning rates rise.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class Rescue:
         tasks: Sequence[str],
         device: torch.device,
         kept: Checkpoints,
+        warmup_steps: int = 0,
     ) -> None:
         self.config, self.mode, self.kept = config, config.mode, kept
         self.ladder = Ladder(config)
-        self.damper = Damper(config.damp, optimizers, tasks, device)
+        self.damper = Damper(config.damp, optimizers, tasks, device, warmup_steps)
         self.ring = SnapshotRing(int(config.snapshot_budget_mb * 1e6))
         self.left_out: list[list[int]] = []
         """Windows of the log that are left out: the first of each stretch, and the one after its last."""

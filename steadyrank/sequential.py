@@ -40,7 +40,8 @@ def run(
 
     Raises:
         DataError: The log cannot be read to its end, or is not the one that was read before.
-        DivergenceError: A step was not finite and `on_bad_step` is "stop", or the recovery gave up.
+        DivergenceError: A step was not finite and `on_bad_step` is "stop", the run has fully diverged
+            (`train.give_up_windows`), or the recovery gave up.
         CheckpointError: The run folder cannot be written, or its checkpoint belongs to another model.
         ConfigError: Another process is training in the folder.
     """

@@ -1,7 +1,5 @@
 """The state of a run, from its first step to its last: everything that a resume needs is in `state_dict`."""
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +12,7 @@ from .data.logs import Cursor, FileNote
 from .errors import CheckpointError, ConfigError, DivergenceError
 from .instruments import Instruments
 from .metrics import DAY_US, iso_day
-from .parts import OnEvent, OnProgress, Parts, Progress
+from .parts import Clock, OnEvent, OnProgress, Parts, Progress
 from .recovery import Action, Trouble
 from .rescue import Rescue
 from .runs import RunFolder
@@ -53,9 +51,8 @@ class Session:
         optimizers, tasks = list(parts.optimizers.values()), list(parts.schema.tasks)
         for optimizer in optimizers:  # state that was made with the weights moves with them
             optimizer.load_state_dict(optimizer.state_dict())
-        self.step, self.rows, self.seconds = 0, 0, 0.0
-        self.first_time: int | None = None
-        self.last_time: int | None = None
+        self.step = self.rows = 0
+        self.clock = Clock()
         self.cursor = Cursor()
         self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth)
         self.readings = Readings(tasks, parts.model.named_parameters(), optimizers)
@@ -63,26 +60,27 @@ class Session:
         self.instruments: Instruments | None = None
         if parts.watch.enabled:
             self.instruments = Instruments(parts.model, optimizers, parts.reader, parts.watch, folder, self._write)
-        self.rescue = Rescue(parts.recovery, parts.optimizers, tasks, parts.device, folder.checkpoints)
+        kept, warmup_steps = folder.checkpoints, parts.config.warmup_steps
+        self.rescue = Rescue(parts.recovery, parts.optimizers, tasks, parts.device, kept, warmup_steps)
         self._troubles: list[Trouble] = []
         self._resumed = self._returned = False
         self._day: int | None = None
         self._pending: list[tuple[Batch, Tensor]] = []
         self._next = self.cursor
-        self._mark = (time.perf_counter(), 0)
 
     def loop(self) -> None:
         """Score and learn every batch from the cursor on, until the log ends or the run is stopped."""
         parts, since = self.parts, self.step if self._resumed else None
         self.trackers = open_trackers(parts.trackers, self.folder, parts.name, parts.settings, resumed_at=since)
-        self._mark = (time.perf_counter(), self.rows)
+        self.clock.start(self.rows)
+        self._give_up_where_hopeless()  # it may have been killed there
         while self._train():  # again after each return to an earlier state
             pass
         if not self.stop.is_set():
             self._flush()
 
     def finish(self, status: str, message: str) -> dict[str, Any]:
-        """Write what is left: readings, the last window, a checkpoint, the summary and the report."""
+        """Write what is left: readings, the last window, a checkpoint, the summary, and perhaps the report."""
         try:
             self._flush()
         except DivergenceError as error:  # among the last steps before the log failed
@@ -98,9 +96,10 @@ class Session:
         self.persist(lambda: self.folder.write_summary(summary))
         self.persist(self.folder.flush)
         self.trackers.close(ok=status == "finished")
-        from .report.page import write_report  # plotly and jinja2, which a run needs at its end alone
+        if self.parts.config.report:
+            from .report.page import write_report  # plotly and jinja2, which a run needs at its end alone
 
-        self.persist(lambda: write_report(self.folder))
+            self.persist(lambda: write_report(self.folder))
         return summary
 
     def checkpoint(self, kind: Kind = "regular", day: str = "") -> None:
@@ -166,9 +165,7 @@ class Session:
         return {
             "step": self.step,
             "rows": self.rows,
-            "seconds": self.seconds,
-            "first_time": self.first_time,
-            "last_time": self.last_time,
+            **self.clock.state_dict(),
             "marks": self.persist(self.folder.mark),
             "readings": self.readings.state_dict(),
             "rescue": self.rescue.state_dict(),
@@ -183,8 +180,8 @@ class Session:
         self._load_trained_state(state)
         self.board.load_state_dict(state["board"])
         notes = self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row)
-        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-        self.first_time, self.last_time = state["first_time"], state["last_time"]
+        self.step, self.rows = state["step"], state["rows"]
+        self.clock.load_state_dict(state)
         self.readings.load_state_dict(state["readings"])
         self.rescue.load_state_dict(state["rescue"])
         self._troubles = [Trouble(*trouble) for trouble in state["troubles"]]
@@ -254,6 +251,7 @@ class Session:
         self._recover()
         if self._returned:
             return True
+        self._give_up_where_hopeless()
         if saves:
             self.checkpoint()
         elif self.rescue.is_due(step):
@@ -285,10 +283,11 @@ class Session:
 
     def _end_day(self, batch: Batch, cursor: Cursor) -> None:
         """Save a checkpoint where the window that begins with `batch` is the first to begin in a new day."""
-        if not self.parts.config.days_kept or cursor.last_time is None or self.first_time is None:
+        first = self.clock.first_time
+        if not self.parts.config.days_kept or cursor.last_time is None or first is None:
             return
         day, before = int(batch.time.min()) // DAY_US, cursor.last_time // DAY_US
-        known = self.first_time // DAY_US if self._day is None else self._day
+        known = first // DAY_US if self._day is None else self._day
         self._day = max(known, day)
         if day > known:
             self.parts.reader.left, left = 0, self.parts.reader.left  # as where the window ended: this one is met anew
@@ -301,7 +300,7 @@ class Session:
         self.checkpoint("aside")
         say = partial(self.say, "waiting", "the log is at its end; waiting for new files (Ctrl-C stops)")
         found = wait_until(self._find_files, self.stop, config.follow_every_s, config.follow_idle_s, say)
-        self._mark = (time.perf_counter(), self.rows)
+        self.clock.start(self.rows)
         return found
 
     def _find_files(self) -> bool:
@@ -324,9 +323,7 @@ class Session:
         self.step += 1
         self.rows += len(batch)
         self.cursor = self._next
-        low, high = int(batch.time.min()), int(batch.time.max())
-        self.first_time = low if self.first_time is None else min(low, self.first_time)
-        self.last_time = high if self.last_time is None else max(high, self.last_time)
+        self.clock.note(batch)
         self.rescue.note_window(self.step, self.cursor.window)
         self.readings.add(self.step, outcome)
         self._pending.append((batch, outcome.scores))
@@ -340,15 +337,11 @@ class Session:
             return
         if self.instruments is not None:
             row |= self.instruments.flush()
-        now = time.perf_counter()
-        elapsed = now - self._mark[0]
-        speed = (self.rows - self._mark[1]) / elapsed if elapsed > 0 else math.nan
-        self.seconds += elapsed
+        speed = self.clock.lap(self.rows)
         scores = torch.cat([scores for _, scores in self._pending]).float().cpu()
         for (batch, _), scores_BK in zip(self._pending, scores.split([len(b) for b, _ in self._pending]), strict=True):
             self.board.add(batch, scores_BK)
         self._pending.clear()
-        self._mark = (now, self.rows)
         self._write("steps", self.step, {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
@@ -384,11 +377,23 @@ class Session:
         self._flush()
         row = self.board.close_window()
         if row:
-            row |= {"log/rows": float(self.rows), "log/time_s": (self.last_time or 0) / 1e6}
+            row |= {"log/rows": float(self.rows), "log/time_s": (self.clock.last_time or 0) / 1e6}
             self._write("windows", self.step, row)
             if self.instruments is not None:
                 self.instruments.watch.window(row)
             self.persist(self.folder.flush)
+
+    def _give_up_where_hopeless(self) -> None:
+        windows = self.parts.config.give_up_windows
+        if windows is None or self.instruments is None:
+            return
+        reason = self.instruments.watch.verdicts.hopeless(windows)
+        if reason:
+            raise DivergenceError(
+                f"{reason} (train.give_up_windows). The run up to there is kept in {self.folder.path}. Lower the "
+                "learning rate or use Clippy, set recovery.mode = 'on', or leave train.give_up_windows out to see "
+                "whether it comes back"
+            )
 
     def _recover(self) -> None:
         """Take the next rung of the ladder where something is wrong."""
@@ -421,11 +426,7 @@ class Session:
         self.event("damped", self.rescue.damper.begin(self.step, action.task), task=action.task)
 
     def _suspected(self) -> dict[str, int]:
-        """Return the tasks whose divergence is open, with its first step."""
-        if self.instruments is None:
-            return {}
-        found = self.instruments.watch.verdicts.summary()
-        return {name: int(of["since"]) for name, of in found.items() if of["verdict"] == "suspected"}
+        return {} if self.instruments is None else self.instruments.watch.verdicts.suspected()
 
     def _is_healthy(self) -> bool:
         held = [p for p in self.parts.model.parameters() if p.numel()]
@@ -479,12 +480,9 @@ class Session:
             "message": message,
             "steps": self.step,
             "rows": self.rows,
-            "seconds": round(self.seconds, 3),
-            "rows_per_s": round(self.rows / self.seconds, 1) if self.seconds else 0.0,
+            **self.clock.summary(self.rows),
             "bad_steps": self.readings.bad_steps,
             "recovery": self.rescue.summary(),
-            "first_time_s": None if self.first_time is None else self.first_time / 1e6,
-            "last_time_s": None if self.last_time is None else self.last_time / 1e6,
             "missing": self.parts.reader.missing.as_dict(),
             **self.parts.facts,
             "tasks": self._outcomes(),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from steadyrank.config import RunConfig, demo, load
+from steadyrank.config import RunConfig, demo, load, parse_toml
 from steadyrank.errors import ConfigError
 
 from .tiny import TINY, tiny
@@ -32,6 +32,63 @@ def test_a_stream_brings_its_schema_and_the_resolved_config_spells_it_out() -> N
     config = tiny()
     assert "click" in config.schema_.tasks
     assert "[schema.features.user]" in config.to_toml()
+
+
+def test_a_streams_schema_is_changed_in_part() -> None:
+    own = tiny().schema_
+    changed = tiny("schema.tasks.rating.loss=huber", "schema.tasks.rating.huber_delta=2", "schema.embedding_width=8")
+    rating = own.tasks["rating"].model_copy(update={"loss": "huber", "huber_delta": 2.0})
+    assert changed.schema_.tasks["rating"] == rating
+    assert changed.schema_ == own.model_copy(update={"embedding_width": 8, "tasks": {**own.tasks, "rating": rating}})
+    assert RunConfig.from_toml(changed.to_toml()) == changed
+    assert tiny("schema.features.user.width=3").schema_.features["user"].width == 3
+    assert tiny("schema={}") == tiny()
+    given = RunConfig(data=tiny().data, schema={"tasks": {"click": {"loss_weight": 2.0}}})
+    assert given.schema_.tasks["click"].loss_weight == 2.0
+    assert RunConfig(data=tiny().data, schema=own).schema_ == own
+
+
+def test_a_whole_schema_of_a_stream_is_taken_as_it_is() -> None:
+    whole = "schema={features={user={kind='id', rows=9}}, tasks={click={kind='binary'}}}"
+    schema = tiny(whole).schema_
+    assert (list(schema.features), list(schema.tasks), schema.group) == (["user"], ["click"], None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schema.tasks.rating.los=huber"], r"unknown key 'schema\.tasks\.rating\.los'; did you mean 'loss'\?"),
+        (["schema.embeding_width=8"], r"unknown key 'schema\.embeding_width'; did you mean 'embedding_width'\?"),
+        (["schema.tasks.ratin.loss=huber"], r"'schema\.tasks\.ratin\.kind' is missing"),
+        (["schema.tasks.rating.loss=bce"], r"'schema\.tasks\.rating': loss 'bce' belongs to binary tasks"),
+        (["schema.tasks=3"], r"'schema\.tasks': .*found 3"),
+        (["schema=3"], r"'schema': .*found 3"),
+    ],
+)
+def test_a_wrong_change_of_a_streams_schema_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny(*overrides)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_a_wrong_stream_is_not_blamed_for_its_schema() -> None:
+    for more in ([], ["schema.embedding_width=8"]):
+        with pytest.raises(ConfigError) as caught:
+            tiny("data.rows=-1", *more)
+        assert str(caught.value).startswith("the configuration: 'data.rows': ")
+        assert "schema" not in str(caught.value)
+
+
+def test_a_ladder_beside_a_run_is_left_out() -> None:
+    text = TINY + "\n[ladder]\nrates = [0.1]\nseeds = 3\n"
+    assert RunConfig.from_toml(text, ["ladder.seeds=5"]) == tiny()
+    data = parse_toml(text, ["ladder.seeds=5", "seed=7"])
+    assert data.pop("ladder") == {"rates": [0.1], "seeds": 5}
+    assert RunConfig.from_dict(data) == tiny("seed=7")
+    with pytest.raises(ConfigError, match=r"run\.toml: unknown key 'laddr'"):
+        RunConfig.from_dict({**data, "laddr": {}}, "run.toml")
+    with pytest.raises(ConfigError, match=r"^run\.toml: not TOML"):
+        parse_toml("a = ", where="run.toml")
 
 
 @pytest.mark.parametrize(

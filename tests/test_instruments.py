@@ -165,14 +165,14 @@ def test_causes_are_few_and_far_between(tmp_path: Path, monkeypatch: pytest.Monk
     again = (*LONGER, "data.rows=5_120", "watch.warning.quiet_steps=1", f"data.incidents=[{incidents}]")
 
     def steps_of(name: str, most: int, apart: int) -> list[int]:
-        monkeypatch.setattr(module, "_CAUSES", most)
         monkeypatch.setattr(module, "_CAUSES_APART", apart)
-        return [cause["step"] for cause in train(tiny(*again), tmp_path / name).causes()]
+        return [cause["step"] for cause in train(tiny(*again, f"watch.causes={most}"), tmp_path / name).causes()]
 
     many = steps_of("many", 9, 3)
     assert len(many) >= 2
     assert steps_of("few", 1, 3) == many[:1]
     assert steps_of("apart", 9, 1000) == many[:1]
+    assert steps_of("none", 0, 3) == []
 
 
 def test_headroom_on_the_next_window_is_measured_before_any_of_it_is_learned(tmp_path: Path) -> None:

@@ -40,10 +40,12 @@ def as_json(state: Any) -> str:
 class Run:
     """A tiny model that is trained and damped."""
 
-    def __init__(self, make: Make, config: DampConfig = DAMP, tasks: tuple[str, ...] = ("click",)) -> None:
+    def __init__(
+        self, make: Make, config: DampConfig = DAMP, tasks: tuple[str, ...] = ("click",), warmup_steps: int = 0
+    ) -> None:
         self.weights = [nn.Parameter(torch.linspace(0.2, 1, 6)), nn.Parameter(torch.ones(2, 3))]
         self.optimizer = make(self.weights)
-        self.damper = Damper(config, {"dense": self.optimizer}, tasks)
+        self.damper = Damper(config, {"dense": self.optimizer}, tasks, warmup_steps=warmup_steps)
         self.step = 0
 
     def train(self, steps: int) -> None:
@@ -233,6 +235,79 @@ def test_the_words_name_what_has_no_bound_and_a_single_task_is_damped_as_a_whole
     sudden.damper.begin(0)
     sudden.train(2)
     assert sudden.optimizer.param_groups[0]["lr"] == 0.1
+
+
+# The warm-up.
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_rates_rise_by_the_step_and_nothing_else_changes(make: Make) -> None:
+    run, steps = Run(make, warmup_steps=5), 8
+    before = run.options()
+    kept = run.optimizer.param_groups[0]["lr"]
+    for step in range(1, steps + 1):
+        run.train(1)
+        for old, new in zip(before, run.options(), strict=True):
+            assert new["lr"] == pytest.approx(old["lr"] * min(1, step / 5), rel=1e-6)  # a tensor's is float32
+            assert {**new, "lr": 0} == {**old, "lr": 0}
+    assert run.options() == before
+    if isinstance(kept, Tensor):
+        assert run.optimizer.param_groups[0]["lr"] is kept
+
+
+@pytest.mark.parametrize("what", WHATS)
+@pytest.mark.parametrize("name", ["clippy_adagrad", "adam", "clippy_tensor_lr", "two_groups"])
+def test_warm_up_and_damping_multiply_and_a_bound_feels_the_damping_alone(name: str, what: Any) -> None:
+    run = Run(MAKES[name], DampConfig(what=what, factor=0.5, steps=3, restore_steps=0), warmup_steps=8)
+    before = run.options()
+    bounded = "absolute_threshold" in before[0]
+    run.train(2)
+    run.damper.begin(2)
+    for step in range(3, 12):
+        run.train(1)
+        damped = 0.5 if step <= 5 else 1.0
+        for old, new in zip(before, run.options(), strict=True):
+            rate = min(1, step / 8) * (damped if what != "threshold" or not bounded else 1.0)
+            assert new["lr"] == pytest.approx(rate * old["lr"], rel=1e-6)
+            if bounded:
+                bound = damped if what != "rate" else 1.0
+                assert new["absolute_threshold"] == pytest.approx(bound * old["absolute_threshold"])
+    assert run.options() == before
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("damped_at", [None, 4])
+def test_a_resume_in_the_middle_of_a_warm_up_changes_no_bit(make: Make, damped_at: int | None) -> None:
+    runs = [Run(make, warmup_steps=12) for _ in range(3)]
+    whole, cut, resumed = runs
+    never = whole.options()
+    for run in (whole, cut):
+        run.train(4)
+        if damped_at:
+            run.damper.begin(damped_at)
+    whole.train(14)
+    cut.train(3)
+    warm, state = cut.options(), cut.save()
+    assert cut.options() == warm != never
+    other = Run(make)  # of another run, that does not warm up
+    other.optimizer.load_state_dict(copy_state(state["optimizer"]))
+    assert other.options() == never
+    resumed.load(state)
+    for run in (resumed, cut):  # to save changes nothing either
+        run.train(11)
+        assert as_json(run.save()) == as_json(whole.save())
+
+
+def test_a_rollback_warms_nothing_up_again() -> None:
+    run = Run(MAKES["adam"], warmup_steps=10)
+    run.train(1)
+    state = run.save()
+    run.train(5)
+    with run.damper.undamped():
+        run.optimizer.load_state_dict(copy_state(state["optimizer"]))
+    assert run.options()[0]["lr"] == pytest.approx(0.6 * 0.1)
+    run.train(1)
+    assert run.options()[0]["lr"] == pytest.approx(0.7 * 0.1)
 
 
 # The ladder.

@@ -106,10 +106,11 @@ def test_windows_from_before_the_first_below_1_are_not_remembered() -> None:
     assert changes[0] == ("suspected", WINDOW * 22, WINDOW * 18 + 1)
 
 
-def test_a_collapse_after_only_four_windows_is_seen_late() -> None:
-    # Six windows make a history, and two of them lie above 1 already: (3/8)^10 < 1e-4.
-    summary, changes = windows(np.full(4, 0.98), np.full(20, 1.001))
-    assert changes[0] == ("suspected", WINDOW * 14, WINDOW * 4 + 1)
+@pytest.mark.parametrize("good", [3, 4])
+def test_a_collapse_after_only_a_few_windows_is_seen(good: int) -> None:
+    # Three windows below 1 in a row have learned: (1/5)^6 < 1e-4, and (1/6)^6.
+    summary, changes = windows(np.full(good, 0.98), np.full(20, 1.001))
+    assert changes[0] == ("suspected", WINDOW * (good + 6), WINDOW * good + 1)
     assert summary["verdict"] == "full_divergence"
 
 

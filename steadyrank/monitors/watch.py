@@ -52,6 +52,8 @@ class WatchConfig(Settings):
     """Looks in which a unit must be silent, one after the other, to count as dead."""
     snapshot_every: int = Setting(default=100, ge=1)
     """Steps between two copies of the dense weights, three of which are kept: what a cause report tries a batch on."""
+    causes: int = Setting(default=5, ge=0)
+    """Cause reports that a run writes at most: each takes some seconds."""
     warning: WarningConfig = WarningConfig()
     """When to warn."""
     verdict: VerdictConfig = VerdictConfig()
@@ -303,11 +305,8 @@ class Watch:
         self.finish()
         if self.folder is not None:
             self.folder.flush()
-            kinds = ("binary" if binary else "regression" for binary in self._binary)
-            tasks = {
-                task: {"kind": kind, "verdict": self.verdicts.summary()[task]}
-                for task, kind in zip(self.tasks, kinds, strict=True)
-            }
+            kinds, found = self.verdicts.kinds, self.verdicts.summary()
+            tasks = {task: {"kind": kinds[task], "verdict": verdict} for task, verdict in found.items()}
             facts = {"name": self.folder.path.name, "status": "finished", "message": "", "steps": self.step}
             self.folder.write_summary({**facts, "tasks": tasks})
         warned = [f"step {alert.step}: {alert.level}: {alert.reason}" for alert in self.alerts]
