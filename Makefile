@@ -6,7 +6,7 @@ PEERS := .venv-peers
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt lint types docs bench bench-parts clean slow
+.PHONY: help demo test check fmt lint types docs bench bench-parts paper clean slow
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,10 @@ bench: $(PEERS)/.stamp  ## Train beside peers, short form: under ten minutes
 bench-parts: $(BIN)/.package  ## Run the benchmarks of the parts, short form
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/optimizer_step.py --rounds 10 --sizes 0.2M 14M --tables 1M
+
+# DATA is the folder with kuairand.parquet, online_retail.parquet and flights.parquet; what is not there is left out.
+paper: $(BIN)/.dev  ## Train the study of docs/stability.md (two hours; QUICK=1: a part of it, ten minutes)
+	$(BIN)/python benchmarks/stability/paper.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(WRITE),--write)
 
 check: lint types test  ## What CI runs
 

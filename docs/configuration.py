@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from steadyrank.config import RunConfig
+from steadyrank.ladder import LadderConfig
 from steadyrank.settings import Settings
 
 HEAD = """\
@@ -29,6 +30,7 @@ def write_page() -> str:
     """Return the page: a section for each group of settings, in the order in which they first appear."""
     sections: dict[str, str] = {}
     _visit(RunConfig, "", "The top of the file", sections, set())
+    _visit(LadderConfig, "ladder.", "[ladder]", sections, set())
     return HEAD + "".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
 
 

@@ -205,6 +205,30 @@ def compare(
         say(f"page: {write_comparison(runs, out)}")
 
 
+@app.command(epilog="Example: steadyrank ladder run.toml --set ladder.seeds=5")
+def ladder(
+    config: Annotated[Path, typer.Argument(help="A run's TOML file, perhaps with a table [ladder].")],
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; runs/NAME-ladder when left out.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Will it stand twice the rate? Train rates x seeds x optimizers x models x incidents, and score their stability.
+
+    Stopped or killed, the same command goes on where it was.
+    """
+    from .ladder import Board, climb, load_ladder, print_found, showing, write_page
+
+    made, board = load_ladder(config, sets or []), Board()
+    folder = out or Path("runs") / f"{made.name}-ladder"
+    with showing(board):
+        found = climb(made, folder, overwrite=overwrite, board=board)
+    print_found(found, folder)
+    say(f"page: {write_page(made, found, folder)}")
+    if not found.whole:
+        say("Go on with the same command")
+        raise KeyboardInterrupt
+
+
 @app.command(epilog="Example: steadyrank prepare kuairand KuaiRand-1K kuairand.parquet")
 def prepare(
     dataset: Annotated[str, typer.Argument(help="One of: kuairand.")],
@@ -294,7 +318,8 @@ def _finish(parts: "Parts", folder: "RunFolder", resume: bool = False) -> Path:
         say(f"the run up to there: {folder.path}")
         raise
     print_summary(summary)
-    say(f"report: {folder.report_path()}")
+    if folder.report_path().exists():
+        say(f"report: {folder.report_path()}")
     if summary["status"] == "interrupted":
         say(f"Go on with: steadyrank train --resume {folder.path}")
         raise KeyboardInterrupt
