@@ -21,7 +21,7 @@ from .models.memory import check_memory
 from .models.ranker import ModelConfig, Ranker
 from .monitors.watch import WatchConfig
 from .optim import (
-    ClippyAdagradConfig,
+    ClippyAdamConfig,
     OptimizerConfig,
     RowWiseAdagradConfig,
     advice,
@@ -46,7 +46,7 @@ DataConfig = Annotated[LogsConfig | StreamConfig, Field(discriminator="source")]
 class OptimizersConfig(Settings):
     """Dense parameters and embedding tables each have their own optimizer and rate."""
 
-    dense: OptimizerConfig = ClippyAdagradConfig()
+    dense: OptimizerConfig = ClippyAdamConfig(lr=0.016)
     """Every parameter but the embedding tables."""
     tables: OptimizerConfig = RowWiseAdagradConfig()
     """The embedding tables (sparse gradients)."""
@@ -54,11 +54,19 @@ class OptimizersConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _name_the_default(cls, data: Any) -> Any:
-        """A part that gives options but no name means the default optimizer."""
+        """A part that gives options but no name means the default optimizer, with these options changed."""
         if not isinstance(data, Mapping):
             return data
-        names = {part: field.default.name for part, field in cls.model_fields.items()}
-        return {k: {"name": names[k], **v} if k in names and isinstance(v, Mapping) else v for k, v in data.items()}
+        usual = {
+            part: {"name": field.default.name, **field.default.model_dump(exclude_unset=True)}
+            for part, field in cls.model_fields.items()
+        }
+        return {
+            part: {**usual[part], **given}
+            if part in usual and isinstance(given, Mapping) and "name" not in given
+            else given
+            for part, given in data.items()
+        }
 
 
 class RunConfig(Settings):

@@ -88,7 +88,7 @@ def test_demo_ends_with_a_table_a_report_and_the_next_command(steadyrank: Call) 
     assert code == 0
     assert "of attainable" in out
     assert Path("runs/d/report.html").exists()
-    assert "steadyrank compare runs/d runs/d-adagrad" in out
+    assert "steadyrank compare runs/d runs/d-adam" in out
 
 
 def test_predictions_are_those_of_the_trained_model_and_ignore_labels(steadyrank: Call, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ window_rows = 600
 trunk = { kind = "shared_bottom", widths = [16] }
 cross = { layers = 1, layer_norm = true }
 
+[optimizer.dense]
+name = "clippy_adagrad"
+
 [train]
 log_every = 3
 window_steps = 5

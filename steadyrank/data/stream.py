@@ -28,7 +28,7 @@ Shapes: B rows of a block, K heads, N items that ever live, S slots.
 
 import datetime
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -349,6 +349,12 @@ def _arrow(column: Column) -> pa.Array:
     return pa.Array.from_buffers(kind, len(column.values), [bitmap, pa.py_buffer(column.values)])
 
 
+@lru_cache(maxsize=1)
+def _hold_world(config: StreamConfig) -> World:
+    """Make a stream's world once for all who ask for the same one in turn, as the cells of a ladder do."""
+    return make_world(config)
+
+
 class Stream:
     """The log of a recommender that never was, block by block.
 
@@ -361,7 +367,7 @@ class Stream:
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
-        self._world = make_world(config)
+        self._world = _hold_world(config)
         self._schema = self._make_schema()
 
     def schema(self) -> Schema:
