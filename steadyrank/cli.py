@@ -48,9 +48,9 @@ def demo(out: Out = None, overwrite: Overwrite = False, sets: Sets = None) -> No
     from .config import demo as demo_config
 
     folder = _train(demo_config(sets or []), out, overwrite)
-    other = f"{folder}-adagrad"
+    other = f"{folder}-adam"
     say("Next, the same without Clippy, and both side by side:")
-    say(f"  steadyrank demo --set optimizer.dense.name=adagrad --out {other}")
+    say(f"  steadyrank demo --set optimizer.dense.name=adam --out {other}")
     say(f"  steadyrank compare {folder} {other}")
 
 
@@ -214,7 +214,7 @@ def ladder(
 ) -> None:
     """Will it stand twice the rate? Train rates x seeds x optimizers x models x incidents, and score their stability.
 
-    Stopped or killed, the same command goes on where it was.
+    Stopped or killed, the same command goes on where it was. Exit code 1: some cells failed.
     """
     from .ladder import Board, climb, load_ladder, print_found, showing, write_page
 
@@ -227,6 +227,9 @@ def ladder(
     if not found.whole:
         say("Go on with the same command")
         raise KeyboardInterrupt
+    if found.failed:
+        say("The same command tries the failed ones again")
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: steadyrank prepare kuairand KuaiRand-1K kuairand.parquet")

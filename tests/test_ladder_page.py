@@ -155,9 +155,8 @@ def printed(found: Found, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_terminals_table_says_what_the_scores_are(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = printed(Found(make_outcomes(), {"adam-9-s0": "no memory"}, True), 120, monkeypatch)
     adam, agc, clippy, loose = (next(row for row in shown.splitlines() if row.startswith(f" {name} ")) for name in AUCS)
-    # 4 of 12 diverged, Clopper and Pearson; chosen by the validation windows; stable up to the geometric mean of
-    # 0.016, 0.016 and 0.004; nothing else lies within .01; .008 behind Clippy at its best.
-    assert adam.split() == ["adam", "4/12", "10–65%", "0", "0", "0.004", ".6300±.0020", ".5600", "0.0101", "0.004",
+    # 4 of 12 diverged, Clopper and Pearson; chosen by the validation windows; at .016 it has collapsed; nothing else lies within .01; .008 behind Clippy at its best.
+    assert adam.split() == ["adam", "4/12", "10–65%", "0", "0", "0.004", ".6300±.0020", ".5600", "0.004", "0.004",
                             "-.0080±.0000", "1.00"]  # fmt: skip
     assert agc.split()[3:5] == ["3", "1.25"]  # micro-divergences: 3 in 2.4 million rows
     assert clippy.split()[-4:] == ["≥0.064", "0.004–≥0.064", "+.0030±.0000", "1.25"]
@@ -261,7 +260,7 @@ def test_a_tile_is_split_by_the_verdicts_of_its_runs() -> None:
     figure = endings_panel(score_ladder(make_outcomes(optimizers=["adam", "agc"]))).figure
     assert figure is not None
     shapes = {trace.name: trace for trace in figure.data if trace.fill == "toself"}
-    assert set(shapes) == {mark.words for mark in MARKS.values()}
+    assert set(shapes) == {mark.words for mark in MARKS.values()} - {"miscalibrated"}
     logs = np.log10(np.array(shapes["diverged"].x, dtype=float)).reshape(-1, 6)[:, :2]
     widths = logs[:, 1] - logs[:, 0]
     np.testing.assert_allclose(widths[0] / widths[1], 1 / 3)  # 1 of 3 seeds at 0.016, all at 0.064

@@ -14,9 +14,10 @@ from steadyrank.ladder.scores import Score, choose, conclude, quality_gap, rows,
 
 NAN = math.nan
 RATES = (0.1, 0.2, 0.4, 0.8)
-AUCS = {0.1: 0.60, 0.2: 0.62, 0.4: 0.615, 0.8: 0.55}
+AUCS = {0.1: 0.60, 0.2: 0.62, 0.4: 0.615, 0.8: 0.57}
 SPREAD = (-0.001, 0.0, 0.001)
 """What each of three seeds adds to the AUC."""
+FULL, NEVER, MICRO = "full_divergence", "never_learned", "micro_divergence"
 
 
 def cell(rate: float, seed: int, auc: float, verdict: str = "healthy", **changes: Any) -> Outcome:
@@ -24,7 +25,8 @@ def cell(rate: float, seed: int, auc: float, verdict: str = "healthy", **changes
     plain |= {"steps": 100, "rows": 1_000_000, "seconds": 2.0, "cell": f"{rate}/{seed}", "loss": 0.9}
     scores = {"click": auc, "watch": 0.9}
     plain |= {"kinds": {"click": "binary", "watch": "regression"}, "valid": scores, "test": scores}
-    return Outcome(rate=rate, seed=seed, verdicts={"click": verdict, "watch": "healthy"}, **plain | changes)
+    watch = FULL if verdict == FULL else "healthy"
+    return Outcome(rate=rate, seed=seed, verdicts={"click": verdict, "watch": watch}, **plain | changes)
 
 
 def ladder(bad: dict[tuple[float, int], str] | None = None, shift: float = 0.0, **changes: Any) -> list[Outcome]:
@@ -39,9 +41,6 @@ def ladder(bad: dict[tuple[float, int], str] | None = None, shift: float = 0.0, 
 def score(outcomes: list[Outcome]) -> Score:
     (found,) = score_ladder(outcomes)
     return found
-
-
-FULL, NEVER, MICRO = "full_divergence", "never_learned", "micro_divergence"
 
 
 def test_a_small_ladder_by_hand() -> None:
@@ -96,6 +95,51 @@ def test_the_climb_ends_at_the_first_unstable_rate_and_ignores_those_below_the_b
     assert tuple(found.stable[1]) == (0.8, True)
     assert found.stable_rate_censored
     assert found.stable_rate_of_all == 0.2
+
+
+def collapse(aucs: dict[tuple[float, int], float]) -> list[Outcome]:
+    """Replace the test AUC of some cells; their verdicts stay healthy, and so does what chooses the best rate."""
+    return [
+        replace(o, test={**o.test, "click": aucs[o.rate, o.seed]}) if (o.rate, o.seed) in aucs else o for o in ladder()
+    ]
+
+
+def test_a_cell_collapsed_that_keeps_less_than_half_of_its_seeds_gain_at_the_best_rate() -> None:
+    """Seed 1 has .620 at 0.2, which is .120 over a constant: .560 keeps half of it, and .559 does not."""
+    found = score(collapse({(0.4, 1): 0.559, (0.8, 1): 0.62, (0.8, 2): 0.56, (0.1, 0): 0.5}))
+    assert [[found.has_collapsed(rung, seed) for seed in range(3)] for rung in found.rungs] == [
+        [False, False, False],  # below the best rate a cell is slow, and not unstable
+        [False, False, False],
+        [False, True, False],
+        [False, False, True],  # .121 of seed 2 would need .5605
+    ]
+    assert {seed: tuple(of) for seed, of in found.stable.items()} == {0: (0.8, True), 1: (0.2, False), 2: (0.4, False)}
+    assert found.collapsed == 2
+    assert (found.cells.diverged, found.cells.counts[NEVER]) == (0, 0)
+    assert "stable up to at least 0.4;" in conclude(found)
+    (row,) = rows([found])
+    assert (row["collapsed"], row["stable_rate_of_all"]) == (2, 0.2)
+
+
+def test_a_cell_that_diverged_or_never_learned_is_not_counted_as_collapsed_too() -> None:
+    outcomes = [cell(rate, 0, auc) for rate, auc in ((0.1, 0.62), (0.2, 0.5), (0.4, 0.5), (0.8, 0.5))]
+    outcomes[1] = replace(outcomes[1], verdicts={"click": "healthy", "watch": FULL})
+    outcomes[2] = replace(outcomes[2], verdicts={"click": NEVER, "watch": "healthy"})
+    found = score(outcomes)
+    assert all(found.has_collapsed(rung, 0) for rung in found.rungs[1:])
+    assert found.collapsed == 1
+
+
+def test_nothing_collapsed_where_there_is_nothing_to_lose_or_to_compare() -> None:
+    nothing = score([cell(0.1, 0, 0.499), cell(0.2, 0, 0.49)])
+    assert (nothing.best, nothing.collapsed) == (nothing.rungs[0], 0)
+    gone = score([o for o in collapse({(0.4, 1): 0.5, (0.8, 1): NAN}) if (o.rate, o.seed) != (0.2, 1)])
+    assert gone.collapsed == 0
+    assert not gone.has_collapsed(gone.rungs[2], 1)
+    unknown = score(collapse({(0.8, 1): NAN}))
+    assert unknown.collapsed == 0
+    blank = score([cell(rate, 0, NAN, valid={"click": NAN, "watch": NAN}) for rate in RATES])
+    assert (blank.best, blank.collapsed, blank.stable) == (None, 0, {})
 
 
 def test_a_seed_that_is_unstable_at_the_best_rate_is_left_out_and_counted() -> None:
@@ -258,11 +302,8 @@ def test_a_row_is_flat_and_says_none_where_nothing_is_known() -> None:
     assert base_row["step_ratio"] == 1.0
     (bare,) = rows([score([cell(0.1, 0, NAN, steps=0, rows=0, valid={"click": NAN}, loss=NAN)])])
     known = {"incident", "model", "optimizer", "family", "cells", "seeds", "rates", "measure"}
-    known |= {f"diverged{part}_share" for part in ("", "_low", "_high")} | {
-        "diverged",
-        "never_learned",
-        "micro_diverged",
-    }
+    known |= {f"diverged{part}_share" for part in ("", "_low", "_high")}
+    known |= {"diverged", "never_learned", "micro_diverged", "miscalibrated", "collapsed"}
     assert {name for name, value in bare.items() if value is not None} == known
     assert list(bare) == list(row)
     assert all(value is None or isinstance(value, (str, int, float)) for value in row.values())
@@ -332,6 +373,9 @@ def test_a_model_without_a_binary_task_is_told_by_its_nrmse() -> None:
     assert found.measure == "NRMSE"
     assert found.best is not None
     assert found.best.quality.mean == pytest.approx(0.1)
+    assert [found.has_collapsed(rung, 0) for rung in found.rungs] == [False, False, False, True]  # .92 keeps .08 of .10
+    assert found.collapsed == 3
+    assert found.stable_rate_of_all == 0.4
     told = conclude(found)
     assert "best at 0.2 with NRMSE .9000;" in told
     assert "at twice its best rate NRMSE rises by .020 (.020 to .020)." in told

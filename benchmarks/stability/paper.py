@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from steadyrank import __version__
-from steadyrank.ladder import Board, Found, Ladder, climb, load_ladder, showing, write_page
+from steadyrank.ladder import Board, Found, Ladder, climb, load_ladder, print_found, showing, write_page
 from steadyrank.ladder.laboratory import CELLS, OUTCOMES
 from steadyrank.ladder.scores import choose, score_ladder
 
@@ -34,6 +34,8 @@ ORDER = (
     *("tune", "paper_large_dcn", "kuairand", "ablation", "modern", "online_retail", "paper_large", "paper_small"),
     *("flights", "bound", "thresholds", "incidents", "figures"),
 )
+FULL_SIZE = "paper_full_size"
+"""On a GPU, and only when it is asked for."""
 TUNED = {"gc": ("max_norm", 0.1), "agc": ("clipping", 0.01), "agc_adam": ("clipping", 0.01)}
 """What tune.toml chooses, by family: the option of its clip, and its value in the paper_*.toml."""
 
@@ -54,7 +56,7 @@ def plan(name: str, out: Path, data: Path | None, quick: bool) -> Part | None:
             print(f"{name}: left out, since there is no {name}.parquet; give its folder as --data")
             return None
         overrides.append(f"data.path={json.dumps(str(log))}")
-    if name.startswith("paper_"):
+    if name.startswith("paper_") and name != FULL_SIZE:
         overrides += tuned(name.removeprefix("paper_"), out)
     return Part(name, overrides)
 
@@ -116,13 +118,12 @@ def run_part(part: Part, out: Path) -> tuple[Ladder, Found]:
     if not found.whole:
         print("stopped; go on with the same command")
         sys.exit(130)
-    write_page(ladder, found, folder)
-    for cell, words in found.failed.items():
-        print(f"{part.name}: {cell} failed: {words}")
+    print_found(found, folder)
+    print(f"page: {write_page(ladder, found, folder)}")
     return ladder, found
 
 
-def facts(part: Part, ladder: Ladder, seconds: float) -> dict[str, Any]:
+def facts(part: Part, ladder: Ladder) -> dict[str, Any]:
     """Return what the results are of."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
@@ -133,7 +134,6 @@ def facts(part: Part, ladder: Ladder, seconds: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(seconds),
         "cells": len(ladder.cells()),
     }
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=ORDER)
+    parser.add_argument("--only", nargs="+", choices=(*ORDER, FULL_SIZE))
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     out = given.out or ROOT / "runs" / ("paper-quick" if given.quick else "paper")
@@ -159,7 +159,11 @@ def main() -> None:
         print(f"--- {name}: {len(found.outcomes)} cells, {seconds:.0f} s", flush=True)
         if given.write and not given.quick:
             (HERE / f"{name}.csv").write_text((out / name / OUTCOMES).read_text())
-            (HERE / f"{name}.json").write_text(json.dumps(facts(part, ladder, seconds), indent=1) + "\n")
+            (HERE / f"{name}.json").write_text(json.dumps(facts(part, ladder), indent=1) + "\n")
+            if name == "figures":
+                subprocess.run([sys.executable, HERE / "dynamics.py", "--from", out / name], check=True)
+    if given.write and not given.quick:
+        subprocess.run([sys.executable, HERE / "page.py"], check=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ _TASKS_SHOWN = 8
 _SAID_SHORT = ("healthy", "never_learned")  # of the others it is said when and why
 
 
+ENDINGS = {
+    "full_divergence": VERDICTS["full_divergence"],
+    "miscalibrated": ("warn", "Miscalibrated"),
+    **VERDICTS,
+}
+"""The verdicts on a cell from the worst to the best: their mark and their name."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """A task of a run: its line, and the verdict on it."""
@@ -99,7 +107,7 @@ def contact_sheet(
 
     Args:
         folders: Of runs, ended or not.
-        endings: By the folder's name, a key of `report.words.VERDICTS`; that of the run's worst task when left out.
+        endings: By the folder's name, a key of `ENDINGS`; that of the run's worst task when left out.
         most: So many runs are drawn.
         base: What stands before a folder's name in the link to it.
     """
@@ -127,7 +135,7 @@ def draw_lot(endings: Mapping[str, str], most: int) -> list[str]:
     for name in by_lot:
         place = seen[endings[name]] = seen.get(endings[name], 0) + 1
         ranked.append((place if place <= _LEAST_OF_EACH else _LEAST_OF_EACH + 1, len(ranked), name))
-    order = list(VERDICTS)
+    order = list(ENDINGS)
     worst_first = lambda name: (order.index(endings[name]) if endings[name] in order else len(order), name)  # noqa: E731
     return sorted((name for _, _, name in sorted(ranked)[:most]), key=worst_first)
 
@@ -175,7 +183,7 @@ def _common_range(lines: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _card(name: str, run: _Run | str, ending: str, href: str, low: float, high: float) -> Card:
-    mark, verdict = VERDICTS.get(ending, ("", "No verdict"))
+    mark, verdict = ENDINGS.get(ending, ("", "No verdict"))
     if isinstance(run, str):
         return Card(name, href, verdict, mark, missing=run)
     verdicts = {task: of["verdict"] for task, of in run.tasks.items() if of.get("verdict")}

@@ -39,6 +39,7 @@ class Mark:
 MARKS: Mapping[Ending, Mark] = {
     "full_divergence": Mark("diverged", "×", "x", "#C0203F"),
     "never_learned": Mark("never learned", "○", "circle-open", "#8A6FD0"),
+    "miscalibrated": Mark("miscalibrated", "▲", "triangle-up", "#4A78C8"),
     "micro_divergence": Mark("micro-divergence", "◆", "diamond", "#A86E00"),
     "healthy": Mark("healthy", "●", "circle", "#008F68"),
 }
@@ -46,7 +47,7 @@ MARKS: Mapping[Ending, Mark] = {
 _TICKS = 12
 """Of more rates than this, plotly chooses those that are written on the axis."""
 _CROWDED = 6
-_SYMBOLS = "A point is a run: ● healthy, ◆ micro-divergence, ○ never learned, × diverged."
+_SYMBOLS = "A point is a run: ● healthy, ◆ micro-divergence, ▲ miscalibrated, ○ never learned, × diverged."
 
 
 def draw_ladder(scores: Sequence[Score], rate: str = "learning rate") -> list[Section]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ..config import RunConfig, parse_toml, read_text
 from ..data.stream import StreamConfig
@@ -20,12 +21,21 @@ Rate = Annotated[float, Field(gt=0)]
 _REPLACES = ("name", "kind", "source")
 """A table that says which of several things it is replaces the one that stood there; any other is merged into it."""
 _GIVE_UP = 10
-_MOST_CELLS = 20_000
+_MOST_CELLS, _MOST_SEEDS, _MOST_LETTERS = 20_000, 1000, 100
 
 
 def _count(value: Any) -> Any:
     """Let a number of seeds stand for the first so many."""
-    return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1000 else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if not 0 < value <= _MOST_SEEDS:
+        raise ValueError(f"expected 1 to {_MOST_SEEDS} seeds, or a list of them")
+    return tuple(range(value))
+
+
+def _check_distinct(name: str, values: Sequence[float | int] | None) -> None:
+    if len(set(values or ())) < len(values or ()):
+        raise ValueError(f"{name}: each may stand there once, got {', '.join(f'{value:g}' for value in values or ())}")
 
 
 class Variant(Settings):
@@ -42,6 +52,11 @@ class Method(Variant):
     """Its own learning rates; the ladder's when left out."""
     family: str | None = None
     """Settings of one method with the same family stand for it by their best one; its own name when left out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Method":
+        _check_distinct("rates", self.rates)
+        return self
 
 
 class LadderConfig(Settings):
@@ -83,9 +98,7 @@ class LadderConfig(Settings):
             if first >= last:
                 raise ValueError(f"{name}: expected [from, to] with from < to, got [{first:g}, {last:g}]")
         for name in ("multiples", "rates", "seeds"):
-            values = getattr(self, name) or ()
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: each may stand there once, got {', '.join(map(str, values))}")
+            _check_distinct(name, getattr(self, name))
         return self
 
 
@@ -164,19 +177,35 @@ class Ladder:
 
     def _validated(self, raw: Mapping[str, Any], names: tuple[str, ...]) -> RunConfig:
         where = " ".join(["the ladder's run", *(f"'{name}'" for name in names if name)])
-        return RunConfig.from_dict(raw, where)
+        own = RunConfig.from_dict(raw, where)
+        if not own.watch.enabled:
+            raise ConfigError(f"{where}: a ladder counts what the instruments see; leave watch.enabled = true")
+        return own
 
     def _rates(self, method: Method, own: RunConfig) -> tuple[float, ...]:
-        rates = method.rates or self.config.rates
-        value = find_setting(own, self.config.vary)
-        return rates or tuple(float(f"{multiple * value:.6g}") for multiple in self.config.multiples)
+        value, rates = find_setting(own, self.config.vary), method.rates or self.config.rates
+        if rates is not None:
+            return rates
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(
+                f"ladder.vary = '{self.config.vary}': expected a number above 0 there to multiply, found {value!r}; "
+                "set one, or give ladder.rates"
+            )
+        return tuple(float(f"{multiple * value:.6g}") for multiple in self.config.multiples)
 
     def _finished(self, raw: Mapping[str, Any], own: RunConfig, title: str, rate: float, seed: int) -> RunConfig:
         """Return a cell's configuration: without what a run writes for people who look at it alone."""
+        if len(title) > _MOST_LETTERS:
+            raise ConfigError(
+                f"the ladder's cell '{title}' has a name of {len(title)} letters, and {_MOST_LETTERS} are the most; "
+                "give its model, optimizer or incident a shorter one"
+            )
         more: dict[str, Any] = {"seed": seed, "train": {"report": False}, "watch": {"causes": 0}}
         more |= {"trackers": {"tensorboard": False}}
         if own.train.give_up_windows is None:
             more["train"]["give_up_windows"] = _GIVE_UP
+        if own.train.follow:
+            more["train"]["follow"] = False  # it would wait for ever, and the next cell for it
         if own.train.threads is None and not torch.cuda.is_available():
             more["train"]["threads"] = max(1, len(os.sched_getaffinity(0)) // self.workers())
         if isinstance(own.data, StreamConfig) and self.config.vary_data:
@@ -220,18 +249,23 @@ def merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     merged = deepcopy(dict(base))
     for key, value in more.items():
         there = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(there, Mapping) and not any(k in value for k in _REPLACES):
+        if isinstance(value, Mapping) and isinstance(there, Mapping) and not _replaces(value):
             merged[key] = merge(there, value)
         else:
             merged[key] = deepcopy(value)
     return merged
 
 
-def find_setting(config: RunConfig, path: str) -> float:
-    """Return the number that stands at a path of a run's settings.
+def _replaces(table: Mapping[str, Any]) -> bool:
+    """Say whether a table says what it is; a feature that is called `source` is a table itself."""
+    return any(isinstance(table.get(key), str) for key in _REPLACES)
+
+
+def find_setting(config: RunConfig, path: str) -> Any:
+    """Return what stands at a path of a run's settings.
 
     Raises:
-        ConfigError: There is no such setting, or it is no number above 0.
+        ConfigError: There is no such setting.
     """
     place: Any = config.model_dump(by_alias=True)
     for key in path.split("."):
@@ -239,22 +273,32 @@ def find_setting(config: RunConfig, path: str) -> float:
             known = sorted(place) if isinstance(place, Mapping) else []
             raise ConfigError(f"ladder.vary = '{path}': there is no '{key}'{nearest(key, known)}")
         place = place[key]
-    if isinstance(place, bool) or not isinstance(place, int | float) or place <= 0:
-        raise ConfigError(f"ladder.vary = '{path}': expected a number above 0 there to multiply, found {place!r}")
-    return float(place)
+    return place
 
 
 def _slug(text: str) -> str:
-    return "".join(letter if (letter.isalnum() and letter.isascii()) or letter in "._-" else "_" for letter in text)
+    """Return a text as a name that a run can have.
+
+    >>> _slug("clippy 0.5/λ"), _slug("_new")
+    ('clippy_0.5__', 'new')
+    """
+    letters = (letter if (letter.isalnum() and letter.isascii()) or letter in "._-" else "_" for letter in text)
+    return "".join(letters).lstrip("._-") or "cell"
 
 
 def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    for detail in error.errors()[:20]:
-        path = ".".join(map(str, ("ladder", *detail["loc"])))
-        known = sorted({*LadderConfig.model_fields, "set", "rates", "family"} - {"set_"})
-        if detail["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{path}'{nearest(str(detail['loc'][-1]), known)}")
-        else:
-            lines.append(f"'{path}': {detail['msg'].removeprefix('Value error, ')}, found {str(detail['input'])[:80]}")
-    return f"{where}: " + "\n".join(lines)
+    return f"{where}: " + "\n".join(_explain_one(detail) for detail in error.errors()[:20])
+
+
+def _explain_one(detail: ErrorDetails) -> str:
+    path, message = ".".join(map(str, ("ladder", *detail["loc"]))), detail["msg"].removeprefix("Value error, ")
+    if detail["type"] != "extra_forbidden":
+        shown = "" if isinstance(detail["input"], Mapping) else f", found {str(detail['input'])[:80]}"
+        return f"'{path}': {message[0].lower()}{message[1:]}{shown}"
+    *above, key = map(str, detail["loc"])
+    place: type[Settings] = LadderConfig if not above else Method if above[0] == "optimizers" else Variant
+    known = [field.alias or name for name, field in place.model_fields.items()]
+    hint = nearest(key, known)
+    if above and key in ("schema", *RunConfig.model_fields):
+        hint = f"; the run's settings stand under set, as 'ladder.{'.'.join(above)}.set.{key}'"
+    return f"unknown key '{path}'{hint} (valid here: {', '.join(known)})"

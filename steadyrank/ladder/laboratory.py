@@ -9,15 +9,19 @@ from typing import NamedTuple
 import tomli_w
 from filelock import FileLock, Timeout
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..files import replace, writing
+from ..parts import find_device
 from ..runs import RunFolder
 from .grid import Cell, Ladder
-from .live import Board, tell
+from .live import Board, tell, tell_start
 from .outcomes import Outcome, read_outcome, write_outcomes
 from .pool import News, Pool, has_ended
 
 CELLS, LADDER, OUTCOMES = "cells", "ladder.toml", "outcomes.csv"
+_LOCK = ".lock"
+_BEGUN = (_LOCK, f".{LADDER}.tmp")
+"""What a folder may hold and still become a ladder's: one was killed before it had made it."""
 
 
 class Found(NamedTuple):
@@ -55,18 +59,18 @@ def climb(
     _check_logs(cells)
     with _locked(out, overwrite) as folder:
         runs = cells_in or folder / CELLS
-        ended = [cell for cell in cells if has_ended(runs, cell)]
+        before = [outcome for cell in cells if (outcome := _find(runs, cell, ladder)) is not None]
         settings = ladder.config.model_dump(mode="json", by_alias=True, exclude_none=True)
         with writing(folder / LADDER, ConfigError, "choose another --out"):
-            runs.mkdir(parents=True, exist_ok=True)
             replace(folder / LADDER, tomli_w.dumps({**ladder.raw, "ladder": settings}))
-        board.begin(cells, ladder.workers(), [_read(runs, cell, ladder) for cell in ended])
+            runs.mkdir(parents=True, exist_ok=True)
+        board.begin(cells, ladder.workers(), before)
+        tell_start(board, folder)
 
         def hear(news: News) -> None:
-            outcome = _read(runs, named[news.cell], ladder) if news.kind == "ended" else None
+            news, outcome = _look(news, runs, named[news.cell], ladder)
             board.hear(news, outcome)
-            if outcome is not None:
-                tell(board, outcome)
+            tell(board, news, outcome)
 
         pool = Pool(runs, ladder.workers(), ladder.config.keep_checkpoints, hear)
         try:
@@ -77,13 +81,33 @@ def climb(
     return Found(found, board.failed, whole)
 
 
+def _find(runs: Path, cell: Cell, ladder: Ladder) -> Outcome | None:
+    """Return what came of a cell that ended before; None where it has not, or is damaged: it is trained (again)."""
+    try:
+        return _read(runs, cell, ladder) if has_ended(runs, cell) else None
+    except CheckpointError:
+        return None
+
+
+def _look(news: News, runs: Path, cell: Cell, ladder: Ladder) -> tuple[News, Outcome | None]:
+    """Return the news of a cell with its outcome; one that cannot be read has failed."""
+    if news.kind != "ended":
+        return news, None
+    try:
+        return news, _read(runs, cell, ladder)
+    except CheckpointError as error:
+        return News("failed", cell.name, words=str(error)), None
+
+
 def _read(runs: Path, cell: Cell, ladder: Ladder) -> Outcome:
     return read_outcome(RunFolder.open(runs / cell.name), cell, ladder.config)
 
 
 def _check_logs(cells: Sequence[Cell]) -> None:
-    """Open each log once, so that a wrong path or column is one error and not one for each cell."""
+    """Open each log once, so that a wrong path, column or device is one error and not one for each cell."""
     seen = set()
+    for device in {cell.config.train.device for cell in cells}:
+        find_device(device)
     for cell in cells:
         config = cell.config
         key = (
@@ -98,19 +122,20 @@ def _check_logs(cells: Sequence[Cell]) -> None:
 def _locked(out: Path, overwrite: bool) -> Iterator[Path]:
     """Make or take up the ladder's folder, and keep every other ladder out of it."""
     with writing(out, ConfigError, "choose another --out"):
-        if out.is_dir() and any(out.iterdir()) and not (out / LADDER).exists() and not (out / ".lock").exists():
+        if out.is_dir() and not (out / LADDER).exists() and any(path.name not in _BEGUN for path in out.iterdir()):
             raise ConfigError(f"{out} is not empty and is no ladder's folder; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
+        lock = FileLock(out / _LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
                 f"another process trains the ladder in {out}; wait for it, or choose another --out"
             ) from error
-        try:
-            if overwrite and (out / CELLS).is_dir() and not (out / CELLS).is_symlink():
+    try:
+        if overwrite and (out / CELLS).is_dir() and not (out / CELLS).is_symlink():
+            with writing(out / CELLS, ConfigError, "choose another --out"):
                 shutil.rmtree(out / CELLS)
-            yield out
-        finally:
-            lock.release()
+        yield out
+    finally:
+        lock.release()

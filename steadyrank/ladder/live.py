@@ -2,10 +2,12 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import box
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -20,6 +22,7 @@ from .pool import News
 MARKS = {
     "healthy": ("●", "green"),
     "micro_divergence": ("◐", "yellow"),
+    "miscalibrated": ("▲", "blue"),
     "never_learned": ("○", "magenta"),
     "full_divergence": ("×", "red"),
     "failed": ("!", "red"),
@@ -28,6 +31,8 @@ MARKS = {
 }
 """How the state of a cell is shown."""
 _MOST_ROWS = 40
+Arm = tuple[str, str, str]
+"""Incident, model and optimizer."""
 
 
 class Board:
@@ -104,49 +109,82 @@ def showing(board: Board) -> Iterator[None]:
         yield
 
 
-def tell(board: Board, outcome: Outcome) -> None:
+def tell_start(board: Board, folder: Path) -> None:
+    """Say what is about to be trained, and where."""
+    count, before = len(board.cells), len(board.outcomes)
+    words = f"{count:,} cell{'' if count == 1 else 's'} in {folder}"
+    if before == count:
+        say(f"{words}: all have ended before")
+    else:
+        known = f", of which {before:,} {'has' if before == 1 else 'have'} ended before" if before else ""
+        say(f"{words}{known}; {min(board.workers, count - before)} at once")
+
+
+def tell(board: Board, news: News, outcome: Outcome | None) -> None:
     """Say in a line how a cell ended, where no board is shown."""
-    if not console.is_terminal:
-        left = board.seconds_left()
-        rest = f", {show_seconds(left)} left" if left is not None else ""
-        ending = outcome.ending(find_learnable(board.outcomes.values())).replace("_", " ")
-        say(f"{board.tried()}/{len(board.cells)} {outcome.cell}: {ending}, quality {outcome.quality():.4f}{rest}")
+    if console.is_terminal or news.kind not in ("ended", "failed"):
+        return
+    left = board.seconds_left()
+    rest = f", {show_seconds(left)} left" if left is not None and board.tried() < len(board.cells) else ""
+    words = f"failed: {news.words}"
+    if outcome is not None:
+        alike = [o for o in board.outcomes.values() if (o.incident, o.model) == (outcome.incident, outcome.model)]
+        words = f"{outcome.ending(find_learnable(alike)).replace('_', ' ')}, quality {outcome.quality():.4f}"
+    say(f"{board.tried()}/{len(board.cells)} {news.cell}: {words}{rest}")
 
 
 def draw(board: Board) -> RenderableType:
     """Draw a board: an arm in a row, a rate in a column, a mark for each seed."""
+    if not board.cells:
+        return Text("looking at what is there")
     arms = list(dict.fromkeys((cell.incident, cell.model, cell.optimizer) for cell in board.cells))
     rates = sorted({cell.rate for cell in board.cells})
     learnable = {}
     for incident, model, _ in arms:
         found = [o for o in board.outcomes.values() if (o.incident, o.model) == (incident, model)]
         learnable[incident, model] = find_learnable(found)
-    states = defaultdict(list)
+    states: dict[tuple[Arm, float], list[str]] = defaultdict(list)
     for cell in board.cells:
         state = board.state(cell, learnable[cell.incident, cell.model])
         states[(cell.incident, cell.model, cell.optimizer), cell.rate].append(state)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for rate in rates:
-        table.add_column(f"{rate:g}", justify="center")
-    for arm in arms[-_MOST_ROWS:] if len(arms) <= _MOST_ROWS else _under_way(arms, states):
-        marks = [Text.assemble(*(MARKS[state] for state in states[arm, rate])) for rate in rates]
-        table.add_row(escape(" ".join(part for part in arm if part)), *marks)
-    legend = Text("  ").join(
-        Text.assemble(MARKS[state], " " + state.replace("_", " "))
-        for state in MARKS
-        if state != "failed" or board.failed
-    )
+    shown = arms if len(arms) <= _MOST_ROWS else _under_way(arms, states)
+    table = _draw_marks(shown, rates, states)
+    met = {state for of in states.values() for state in of}
+    legend = Columns([Text.assemble(MARKS[state], f" {state.replace('_', ' ')}") for state in MARKS if state in met])
     left = board.seconds_left()
     line = f"{board.tried()} of {len(board.cells)} cells, {board.workers} at once" + (
-        f", {show_seconds(left)} left" if left is not None else ""
+        f", {show_seconds(left)} left" if left is not None and board.tried() < len(board.cells) else ""
     )
-    return Group(
-        table, legend, ProgressBar(total=max(len(board.cells), 1), completed=board.tried(), width=60), Text(line)
-    )
+    foot = Table.grid()  # a bar alone does not end its line
+    foot.add_row(ProgressBar(total=len(board.cells), completed=board.tried(), width=min(60, console.width)))
+    foot.add_row(line)
+    return Group(table, legend, foot)
 
 
-def _under_way(arms: list[tuple[str, str, str]], states: dict) -> list[tuple[str, str, str]]:
+def _draw_marks(
+    arms: Sequence[Arm], rates: Sequence[float], states: Mapping[tuple[Arm, float], Sequence[str]]
+) -> Table:
+    """Draw the marks of each arm below its rates; where the terminal is too narrow for all rates, in one column."""
+    names = [" ".join(part for part in arm if part) for arm in arms]
+    marks = {place: Text.assemble(*(MARKS[state] for state in of)) for place, of in states.items()}
+    widths = [max(len(f"{r:g}"), *(len(marks.get((arm, r), "")) for arm in arms)) + 3 for r in rates]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    if max(map(len, names)) + sum(widths) + 6 <= console.width:
+        for rate in rates:
+            table.add_column(f"{rate:g}", justify="center")
+        for arm, name in zip(arms, names, strict=True):
+            table.add_row(escape(name), *(marks.get((arm, rate), Text()) for rate in rates))
+        return table
+    table.add_column("rates", no_wrap=True)
+    table.add_column("from the lowest upwards")
+    for arm, name in zip(arms, names, strict=True):
+        own = [rate for rate in rates if (arm, rate) in marks]
+        table.add_row(escape(name), f"{own[0]:g}–{own[-1]:g}", Text(" ").join(marks[arm, rate] for rate in own))
+    return table
+
+
+def _under_way(arms: list[Arm], states: Mapping[tuple[Arm, float], Sequence[str]]) -> list[Arm]:
     """Return the arms that are trained now and those around them: a terminal shows no hundred rows."""
     active = [i for i, arm in enumerate(arms) if any("training" in of for (a, _), of in states.items() if a == arm)]
     first = max(min(active, default=0) - 5, 0)
@@ -156,7 +194,7 @@ def _under_way(arms: list[tuple[str, str, str]], states: dict) -> list[tuple[str
 def show_seconds(seconds: float) -> str:
     """Return a duration in words.
 
-    >>> show_seconds(50), show_seconds(600), show_seconds(7_000)
+    >>> show_seconds(50.0), show_seconds(600.0), show_seconds(7_000.0)
     ('50 s', '10 min', '1 h 57 min')
     """
     if seconds < 100:

@@ -18,13 +18,20 @@ from ..files import replace, writing
 from ..monitors.verdict import METRIC
 from ..runs import RunFolder
 from .grid import Cell, LadderConfig
-from .numbers import spike_share
+from .numbers import LEAST, spike_share
 
-Ending = Literal["healthy", "micro_divergence", "full_divergence", "never_learned"]
-"""The verdict on a cell: on the worst of its tasks, where never learned means half of the tasks that can be learned."""
+Ending = Literal["healthy", "micro_divergence", "miscalibrated", "full_divergence", "never_learned"]
+"""The verdict on a cell: on the worst of its tasks, where never learned means half of the tasks that can be learned.
+
+A binary task whose log loss ends worse than a constant's while it still ranks is miscalibrated and no full divergence.
+"""
+RANKS = 0.55
+"""The AUC above which a task still ranks."""
 LEARNED = ("healthy", "micro_divergence", "full_divergence")
 SCORED = {"binary": "auc", "regression": "normalised_rmse"}
 """The reading by which a task of each kind is scored."""
+_PLAIN = {"auc": "log_loss", "normalised_entropy": "log_loss", "normalised_rmse": "rmse"}
+"""The reading that is not finite only where a score is not; NaN also where there is no label."""
 _CONSTANT = {"auc": 0.5, "normalised_rmse": 1.0, "normalised_entropy": 1.0}
 Stretch = tuple[float, float]
 
@@ -86,13 +93,19 @@ class Outcome:
         Args:
             learnable: The tasks that some cell on the same data learned.
         """
-        of = list(self.verdicts.values())
+        of = [self._told(task) for task in self.verdicts]
         tasks = [task for task in learnable if task in self.verdicts] or list(self.verdicts)
         if self.status == "diverged" or "full_divergence" in of:
             return "full_divergence"
         if sum(self.verdicts[task] == "never_learned" for task in tasks) * 2 >= max(len(tasks), 1):
             return "never_learned"
-        return "micro_divergence" if "micro_divergence" in of else "healthy"
+        return next((kind for kind in ("miscalibrated", "micro_divergence") if kind in of), "healthy")
+
+    def _told(self, task: str) -> str:
+        """Return a task's verdict, with a look at whether it still ranks."""
+        ranks = self.kinds.get(task) == "binary" and self.test.get(task, 0.0) > RANKS
+        verdict = self.verdicts[task]
+        return "miscalibrated" if verdict == "full_divergence" and ranks else verdict
 
 
 def find_learnable(outcomes: Iterable[Outcome]) -> list[str]:
@@ -113,10 +126,21 @@ def read_outcome(folder: RunFolder, cell: Cell, config: LadderConfig) -> Outcome
     summary = folder.summary()
     if summary is None:
         raise CheckpointError(f"{folder.path}: the run has not ended; go on with the ladder")
+    try:
+        return _gather_outcome(folder, summary, cell, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder.path}: summary.json or a table of readings is none that a run writes ({type(error).__name__}: "
+            f"{error}); delete the folder, and go on with the ladder"
+        ) from error
+
+
+def _gather_outcome(folder: RunFolder, summary: Mapping[str, Any], cell: Cell, config: LadderConfig) -> Outcome:
     tables = {name: folder.readings(name) for name in ("steps", "windows", "dynamics", "curvature")}
     tasks, steps = summary["tasks"], max(int(summary["steps"]), 1)
     kinds = {name: task["kind"] for name, task in tasks.items()}
-    ended = _Ends(tables["windows"], int(summary["log_rows"]), summary["rows"] / steps * cell.config.train.window_steps)
+    window_rows = summary["rows"] / steps * cell.config.train.window_steps
+    ended = _Ends(tables["windows"], int(summary["log_rows"]), window_rows, summary["status"] == "finished")
     settled = {name: columns for name, columns in tables.items() if name in ("dynamics", "curvature")}
     return Outcome(
         cell=cell.name,
@@ -132,7 +156,7 @@ def read_outcome(folder: RunFolder, cell: Cell, config: LadderConfig) -> Outcome
         seconds=summary["seconds"],
         precision=str(summary["precision"]).partition(":")[0].rpartition(" ")[2],
         loss=_mean([_relative_loss(ended, task, kind, config.test) for task, kind in kinds.items()]),
-        spikes=spike_share(tables["steps"]["loss/total"]) if "loss/total" in tables["steps"] else math.nan,
+        spikes=_count_spikes(tables["steps"].get("loss/total", np.zeros(0))),
         headroom=_middle(settled["curvature"], "headroom/total", steps // 2),
         moved=_middle(settled["dynamics"], "update_over_weight/", steps // 2),
         factor=_middle(tables["steps"], "clip_factor/", steps // 2),
@@ -147,22 +171,30 @@ def read_outcome(folder: RunFolder, cell: Cell, config: LadderConfig) -> Outcome
 class _Ends:
     """The windows of a run by where in the log they end; those that it never reached count as a constant's."""
 
-    def __init__(self, windows: Mapping[str, np.ndarray], log_rows: int, window_rows: float) -> None:
+    def __init__(self, windows: Mapping[str, np.ndarray], log_rows: int, window_rows: float, whole: bool) -> None:
         self.windows = windows
-        seen_W = windows.get("log/rows", np.zeros(0)) / log_rows
-        last = float(seen_W[-1]) if len(seen_W) else 0.0
+        self.seen_W = windows.get("log/rows", np.zeros(0)) / log_rows
+        last = float(self.seen_W[-1]) if len(self.seen_W) else 0.0
         missing = np.arange(last, 1 - 1e-9, max(window_rows / log_rows, 1e-6))[1:]
-        self.missing = np.append(missing, 1.0) if last < 1 - 1e-9 else missing
-        self.seen_W = seen_W
+        missing = np.append(missing, 1.0) if last < 1 - 1e-9 else missing
+        self.missing = np.zeros(0) if whole else missing  # a run that left rows out ends before them
 
     def mean(self, reading: str, stretch: Stretch) -> float:
-        """Return the mean of a reading over the windows that end in a stretch of the log, one class only left out."""
+        """Return the mean of a reading over the windows that end in a stretch of the log.
+
+        A window of one class only is left out. One with a score that is NaN counts as a constant's.
+        """
         low, high = stretch
+        area, _, task = reading.partition("/")
         inside_W = (self.seen_W > low + 1e-9) & (self.seen_W <= high + 1e-9)
-        values = self.windows[reading][inside_W] if reading in self.windows else np.zeros(0)
-        known = values[~np.isnan(values)]
+        values = self._column(reading)[inside_W]
+        lost_W = (self._column(f"rows/{task}") > 0) & ~np.isfinite(self._column(f"{_PLAIN[area]}/{task}"))
+        lost = int((np.isnan(values) & lost_W[inside_W]).sum())
         absent = int(((self.missing > low + 1e-9) & (self.missing <= high + 1e-9)).sum())
-        return _mean([*known, *[_CONSTANT[reading.partition("/")[0]]] * absent])
+        return _mean([*values[~np.isnan(values)], *[_CONSTANT[area]] * (lost + absent)])
+
+    def _column(self, reading: str) -> np.ndarray:
+        return self.windows.get(reading, np.full(len(self.seen_W), np.nan))
 
 
 def _relative_loss(ended: _Ends, task: str, kind: str, stretch: Stretch) -> float:
@@ -177,6 +209,11 @@ def _middle(columns: Mapping[str, np.ndarray], prefix: str, after: int) -> float
     values = np.concatenate(found) if found else np.zeros(0)
     values = values[~np.isnan(values)]
     return float(np.median(values)) if len(values) else math.nan
+
+
+def _count_spikes(losses: np.ndarray) -> float:
+    """Return the share of spikes; of a short run the first quarter is its history."""
+    return spike_share(losses, least=min(LEAST, len(losses) // 4))
 
 
 def _count_episodes(tasks: Mapping[str, Any]) -> int:
@@ -203,7 +240,7 @@ _BY_TASK = ("kinds", "verdicts", "valid", "test")
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write outcomes.csv: a row for each cell, with columns `verdict/click`, `test/click`, ... for its tasks."""
+    """Write outcomes.csv: a row for each cell, with columns `verdicts/click`, `test/click`, ... for its tasks."""
     rows = [_flatten(outcome) for outcome in outcomes]
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines: list[str] = []
@@ -235,18 +272,18 @@ def _flatten(outcome: Outcome) -> dict[str, Any]:
 
 def _gather(row: Mapping[str, str]) -> Outcome:
     """Make an outcome of a line; a cell that says nothing of a task has empty columns for it."""
-    kinds = {spec.name: spec.type for spec in fields(Outcome)}
-    plain = {
-        name: kind(text) if kind in (int, float) else text  # type: ignore[operator]  # the two types just named
-        for name, kind in kinds.items()
-        if name not in _BY_TASK and (text := row[name]) is not None
-    }
-    parts: dict[str, dict[str, Any]] = {part: {} for part in _BY_TASK}
+    if None in row or None in row.values():
+        raise ValueError("a line has not as many values as there are columns")
+    values: dict[str, Any] = {part: {} for part in _BY_TASK}
+    for spec in fields(Outcome):
+        if spec.name not in _BY_TASK:
+            text = row[spec.name]
+            values[spec.name] = int(text) if spec.type is int else float(text) if spec.type is float else text
     for name, text in row.items():
         part, slash, task = name.partition("/")
         if slash and text:
-            parts[part][task] = float(text) if part in ("valid", "test") else text
-    return Outcome(**plain, **parts)
+            values[part][task] = float(text) if part in ("valid", "test") else text
+    return Outcome(**values)
 
 
 def _line(values: Sequence[Any]) -> str:

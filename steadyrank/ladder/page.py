@@ -89,6 +89,7 @@ def _headline(endings: Sequence[str]) -> str:
     words = {
         "full_divergence": "diverged for good",
         "never_learned": "never learned",
+        "miscalibrated": "ended worse than a constant in log loss, but still ranked",
         "micro_divergence": "diverged and came back",
         "healthy": "was healthy" if counts["healthy"] == 1 else "were healthy",
     }

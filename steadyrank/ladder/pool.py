@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -20,10 +22,13 @@ from ..sequential import run
 from ..stopping import stop_on_signals
 from .grid import Cell
 
+_START = "spawn"  # torch's threads do not survive a fork
 _LOOK_S = 0.25
 _NEWS_S = 0.5
 _PATIENCE_S = 60.0
-"""Seconds that a cell is given to stop with a checkpoint."""
+"""Seconds that cells are given to stop with a checkpoint."""
+TRACEBACK = "traceback.txt"
+"""What a cell's folder holds after an error that is not one of ours."""
 
 
 class News(NamedTuple):
@@ -81,12 +86,11 @@ class Pool:
                         place = next(i for i, worker in enumerate(pool) if worker.link is link)
                         pool[place] = self._listen(pool[place], waiting)
             finally:
-                for worker in pool:
-                    self._end(worker)
+                self._end(pool)
         return not stop.is_set()
 
     def _start(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        context = multiprocessing.get_context(_START)
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, str(self.folder), self.keep_checkpoints), daemon=True)
         process.start()
@@ -96,7 +100,8 @@ class Pool:
     def _hand_out(self, worker: _Worker, waiting: deque[Cell]) -> None:
         worker.cell = waiting.popleft() if waiting else None
         if worker.cell is not None:
-            worker.link.send((worker.cell.name, worker.cell.config.to_toml()))
+            with suppress(OSError):  # it has died: `_listen` will hear of it
+                worker.link.send((worker.cell.name, worker.cell.config.to_toml()))
             self.on_news(News("began", worker.cell.name))
 
     def _listen(self, worker: _Worker, waiting: deque[Cell]) -> _Worker:
@@ -104,11 +109,12 @@ class Pool:
         assert worker.cell is not None
         try:
             news = worker.link.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             worker.process.join()
             code = worker.process.exitcode
             reason = f"killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"exit code {code}"
             news = News("failed", worker.cell.name, words=f"its process ended: {reason}")
+            worker.link.close()
             fresh = self._start()
             worker = _Worker(fresh.process, fresh.link, worker.cell)
         self.on_news(news)
@@ -116,15 +122,23 @@ class Pool:
             self._hand_out(worker, waiting)
         return worker
 
-    def _end(self, worker: _Worker) -> None:
-        """Let a worker stop: one that trains does so with a checkpoint, one that waits for a cell finds none."""
-        if worker.cell is not None:
-            worker.process.terminate()
-        worker.link.close()
-        worker.process.join(_PATIENCE_S)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+    def _end(self, pool: Sequence[_Worker]) -> None:
+        """Let all workers stop: one that trains does so with a checkpoint, one that waits is told of no more cells."""
+        for worker in pool:
+            if worker.cell is not None:
+                worker.process.terminate()
+            with suppress(OSError):
+                worker.link.send(None)
+        end = time.monotonic() + _PATIENCE_S
+        for worker in pool:
+            worker.process.join(max(end - time.monotonic(), 0))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            with suppress(EOFError, OSError):
+                while worker.link.poll():  # a cell that ended in the meantime
+                    self.on_news(worker.link.recv())
+            worker.link.close()
 
 
 def has_ended(folder: Path, cell: Cell) -> bool:
@@ -138,35 +152,67 @@ def has_ended(folder: Path, cell: Cell) -> bool:
         return False
     there = RunFolder.open(path)
     try:
-        same = RunConfig.from_toml(there.config_text()) == cell.config
-    except (CheckpointError, ConfigError):
-        same = not (path / "config.toml").exists()  # killed before it was written
-    if not same:
+        text = there.config_text()
+        other = "" if text == cell.config.to_toml() else _difference(RunConfig.from_toml(text), cell.config)
+    except (CheckpointError, ConfigError) as error:
+        other = str(error) if (path / "config.toml").exists() else ""  # killed before it was written
+    if other:
         raise ConfigError(
-            f"{path} was trained with other settings; choose another --out, or --overwrite to train the ladder anew"
+            f"{path} was trained with other settings ({other}); choose another --out, or --overwrite to train the "
+            "ladder anew"
         )
     summary = there.summary()
     return summary is not None and summary["status"] in ("finished", "diverged")
 
 
+def _difference(there: RunConfig, here: RunConfig) -> str:
+    """Say where two configurations first differ; empty where only threads do, which another machine has more of."""
+    one, other = (_flatten(config.model_dump(mode="json", by_alias=True)) for config in (there, here))
+    names = [name for name in {**one, **other} if name != "train.threads" and one.get(name) != other.get(name)]
+    return f"{names[0]} = {one.get(names[0])} there, {other.get(names[0])} here" if names else ""
+
+
+def _flatten(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flatten(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return flat
+
+
 def _work(link: Connection, folder: str, keep_checkpoints: bool) -> None:
     """Train what comes over the link until nothing more comes; the life of a worker."""
     with suppress(OSError):
-        os.setsid()  # Ctrl-C reaches the parent alone, which then ends its workers one by one
+        os.setsid()  # Ctrl-C reaches the parent alone, which then ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
-            task = link.recv()
-        except (EOFError, ConnectionError):  # the parent has no more cells, or has died
-            return
-        name, text = task
-        try:
-            words = _train(link, Path(folder) / name, name, text, keep_checkpoints)
-            link.send(News("ended", name, 1.0, words))
-        except SteadyRankError as error:
-            link.send(News("failed", name, words=str(error)))
-        except MemoryError:
-            link.send(News("failed", name, words="no memory was left; set ladder.workers = 1"))
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
+    with suppress(EOFError, OSError):  # the parent has died
+        while (task := link.recv()) is not None:
+            name, text = task
+            link.send(_try(link, Path(folder) / name, name, text, keep_checkpoints))
+
+
+def _outlive_no_parent() -> None:
+    """Stop this process, with a checkpoint, once its parent is gone: the next ladder will want its cell."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _try(link: Connection, path: Path, name: str, text: str, keep_checkpoints: bool) -> News:
+    """Train one cell, and return how it went; an error of ours ends it, and no other cell."""
+    try:
+        return News("ended", name, 1.0, _train(link, path, name, text, keep_checkpoints))
+    except SteadyRankError as error:
+        return News("failed", name, words=str(error))
+    except MemoryError:
+        return News("failed", name, words="no memory was left; set ladder.workers = 1")
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        with suppress(OSError):
+            (path / TRACEBACK).write_text(traceback.format_exc())
+            words += f" (more in {path / TRACEBACK})"
+        return News("failed", name, words=words)
 
 
 def _train(link: Connection, path: Path, name: str, text: str, keep_checkpoints: bool) -> str:
@@ -180,7 +226,8 @@ def _train(link: Connection, path: Path, name: str, text: str, keep_checkpoints:
         nonlocal last
         if time.monotonic() - last > _NEWS_S:
             last = time.monotonic()
-            link.send(News("progress", name, now.rows / max(now.total_rows, 1)))
+            with suppress(OSError):  # nobody listens any more; `_outlive_no_parent` ends it
+                link.send(News("progress", name, now.rows / max(now.total_rows, 1)))
 
     with RunFolder.open(path) if begun else RunFolder.create(path, overwrite=path.exists()) as folder:
         if not begun:

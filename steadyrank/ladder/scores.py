@@ -113,11 +113,13 @@ class Score:
         """Say whether a cell above the best rate keeps less than half of what its seed gains there over a constant.
 
         Its losses are no worse than a constant's, so that it has not diverged; but little of what it knew is left.
+        A seed that gains nothing at the best rate has nothing to lose.
         """
         if self.best is None or rung.rate <= self.best.rate or not {seed} <= rung.test.keys() & self.best.test.keys():
             return False
         constant = 0.5 if self.measure == "AUC" else 0.0
-        return 2 * (rung.test[seed] - constant) < self.best.test[seed] - constant
+        gain = self.best.test[seed] - constant
+        return gain > 0 and 2 * (rung.test[seed] - constant) < gain
 
     @cached_property
     def collapsed(self) -> int:
@@ -343,6 +345,7 @@ def _columns(name: str, estimate: Estimate, unit: str = "") -> dict[str, float]:
 
 def _count_columns(prefix: str, cells: Cells | None) -> dict[str, object]:
     endings = {"diverged": "full_divergence", "never_learned": "never_learned", "micro_diverged": "micro_divergence"}
+    endings |= {"miscalibrated": "miscalibrated"}
     counts = {prefix + name: cells and cells.endings.count(ending) for name, ending in endings.items()}
     share = Estimate(cells.diverged / cells.tried, *cells.diverged_interval) if cells else NOTHING
     return {**counts, **_columns(f"{prefix}diverged", share, "_share")}
