@@ -176,7 +176,8 @@ def test_spikes_are_counted_over_the_run(tmp_path: Path) -> None:
     losses = [0.5 + 0.01 * math.sin(i) for i in range(300)]
     losses[200] = losses[250] = 9.0
     tables = {"steps": [{"loss/total": loss} for loss in losses]}
-    assert read(write_run(tmp_path / "run", [scores(0.6)] * 10, tables=tables)).spikes == pytest.approx(2 / 225)  # a quarter is the history
+    found = read(write_run(tmp_path / "run", [scores(0.6)] * 10, tables=tables))
+    assert found.spikes == pytest.approx(2 / 225)  # a quarter is the history
 
 
 def test_micro_divergences_of_several_tasks_at_one_time_are_one(tmp_path: Path) -> None:

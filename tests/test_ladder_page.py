@@ -155,7 +155,8 @@ def printed(found: Found, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_terminals_table_says_what_the_scores_are(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = printed(Found(make_outcomes(), {"adam-9-s0": "no memory"}, True), 120, monkeypatch)
     adam, agc, clippy, loose = (next(row for row in shown.splitlines() if row.startswith(f" {name} ")) for name in AUCS)
-    # 4 of 12 diverged, Clopper and Pearson; chosen by the validation windows; at .016 it has collapsed; nothing else lies within .01; .008 behind Clippy at its best.
+    # 4 of 12 diverged, Clopper and Pearson; chosen by the validation windows; at .016 it has collapsed; nothing else
+    # lies within .01; .008 behind Clippy at its best.
     assert adam.split() == ["adam", "4/12", "10–65%", "0", "0", "0.004", ".6300±.0020", ".5600", "0.004", "0.004",
                             "-.0080±.0000", "1.00"]  # fmt: skip
     assert agc.split()[3:5] == ["3", "1.25"]  # micro-divergences: 3 in 2.4 million rows

@@ -136,7 +136,8 @@ def test_what_is_said_in_short_follows_from_the_numbers(load: Any, study: Any) -
     assert "Clippy (0.5, 0.01):** better than Adagrad by .0300" in told
     assert claims.choose_default(study).name == "clippy_adam"
     advice = claims.recommend(study)
-    assert "span a factor of at least 64 or more" in advice[0]
+    assert "on Large+DCN it is nowhere behind" in advice[0]
+    assert "span a factor of at least 64." in advice[0]
     assert "any rate from 0.002 to 0.128" in advice[1]
     assert len(advice) == 2  # no thresholds and no warm-up were run
 

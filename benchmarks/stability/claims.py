@@ -235,7 +235,6 @@ class Candidate(NamedTuple):
     """Its quality minus that of the best method of a model, where it is furthest behind."""
     factor: float
     """By which factor its rate may be missed, where it is least."""
-    censored: bool
 
 
 def candidates(study: Study) -> list[Candidate]:
@@ -248,8 +247,7 @@ def candidates(study: Study) -> list[Candidate]:
             continue
         gaps = [_behind(score, best_of(result.scores)) for score, result in zip(scores, results, strict=True)]
         ranges = [tolerance for score in scores if (tolerance := score.tolerance())]
-        least = min(ranges, key=lambda t: t.factor)
-        found.append(Candidate(name.optimizer, min(gaps), least.factor, least.censored))
+        found.append(Candidate(name.optimizer, min(gaps), min(tolerance.factor for tolerance in ranges)))
     return found
 
 
@@ -271,7 +269,8 @@ def recommend(study: Study) -> list[str]:
     chosen = choose_default(study)
     if chosen is None:
         return []
-    models = " and ".join(SIZES[model] for model, name in PAPER.items() if study.get(name))
+    *most, last = [SIZES[model] for model, name in PAPER.items() if study.get(name)]
+    models = f"{', '.join(most)} and {last}" if most else last
     slack = short(SLACK, 2)
     worst = f"nowhere more than {short(-chosen.worst)} AUC behind the method that validation prefers"
     if chosen.worst >= 0:
@@ -280,13 +279,12 @@ def recommend(study: Study) -> list[str]:
         worst = (
             f"no method is within {slack} of the best one on all; this one is {short(-chosen.worst)} behind at worst"
         )
-    times = f"{'at least ' * chosen.censored}{factor(chosen.factor)}"
     more = {"Rate": tell_one_rate(study, chosen.name)}
     more |= {"Thresholds": tell_thresholds(study), "Warm-up": tell_warm_up(study)}
     return [
         f"**Optimizer:** {method(chosen.name)}. Of the methods within {slack} AUC of the best one at their best rates, "
         f"it is the one whose rate may be missed furthest: on {models} it is {worst}, and the rates within {slack} of "
-        f"its own best span a factor of {times} or more.",
+        f"its own best span a factor of at least {factor(chosen.factor)}.",
         *(f"**{what}:** {words}" for what, words in more.items() if words),
     ]
 

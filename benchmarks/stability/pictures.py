@@ -81,6 +81,7 @@ def _panel_picture(
             return None
         figure = go.Figure(drawn.figure)
         if panel is moved_panel:  # a run that died moves nothing, which would make the axis linear
+            figure.for_each_trace(lambda trace: trace.update(y=[y if y > 0 else None for y in trace.y]))
             figure.update_yaxes(type="log", tickformat="~g", dtick=1, range=[-4, -0.8])
         figure.for_each_trace(lambda trace: trace.update(visible=True, name=method(trace.name)))
         return figure

@@ -198,9 +198,8 @@ def modern_tables(both: Result) -> list[str]:
         rows = [_modern_row(score, base) for score in found]
         plain_row = [method(base.optimizer), _best(base), "", "", "", "", tell_range(base)]
         titles = ["", "AUC at best rate", "against plain at its best", "rates of both", "there, on average"]
-        told.append(
-            f"### {title}\n\n" + markdown([*titles, "unstable there, and plain", "within .01"], [plain_row, *rows])
-        )
+        titles += ["unstable there, and plain", "within .01"]
+        told.append(f"### {title}\n\n" + markdown(titles, [plain_row, *rows]))
     return told
 
 

@@ -7,9 +7,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -93,7 +94,8 @@ class Pool:
         context = multiprocessing.get_context(_START)
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, str(self.folder), self.keep_checkpoints), daemon=True)
-        process.start()
+        with _ctrl_c_held():
+            process.start()
         theirs.close()
         return _Worker(process, ours)
 
@@ -139,6 +141,17 @@ class Pool:
                 while worker.link.poll():  # a cell that ended in the meantime
                     self.on_news(worker.link.recv())
             worker.link.close()
+
+
+@contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends; a process that is started in it never gets one, not even as it begins."""
+    resource_tracker.ensure_running()  # else it is started in the block, and lets Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def has_ended(folder: Path, cell: Cell) -> bool:
