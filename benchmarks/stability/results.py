@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,7 +147,10 @@ def tell_source(result: Result | None, name: str) -> str:
     told.append(f"{sum(outcome.seconds for outcome in result.outcomes):,.0f} s of training, summed over them")
     told += [str(facts[key]) for key in ("machine", "date") if key in facts]
     told += [f"{key} {str(facts[key])[:10]}" for key in ("torch", "commit") if facts.get(key)]
-    overrides = ", ".join(f"`{each}`" for each in facts.get("overrides", []))
+    shortened = [
+        re.sub(r"ladder\.optimizers\.|set\.optimizer\.dense\.clip\.", "", each) for each in facts.get("overrides", [])
+    ]
+    overrides = ", ".join(f"`{each}`" for each in shortened)
     return f"*{'; '.join(told)}{f'; set by the tuning: {overrides}' if overrides else ''}.*"
 
 

@@ -91,7 +91,7 @@ class Pool:
         return not stop.is_set()
 
     def _start(self) -> _Worker:
-        context = multiprocessing.get_context(_START)
+        context: Any = multiprocessing.get_context(_START)  # typed by a literal name alone
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, str(self.folder), self.keep_checkpoints), daemon=True)
         with _ctrl_c_held():
