@@ -52,9 +52,8 @@ LIMITS = """\
   little, seconds nothing.
 - **Verdicts** have thresholds of their own (what is a constant, how many windows make a divergence). Another
   definition moves the counts; quality does not depend on it.
-- **Incidents** of the generated stream begin at its middle, row 64,000 of 128,000; since 65,536 rows at a time are
-  shuffled, what strikes a stretch of rows is spread over the steps of its windows. Only the single runs were trained in
-  the order of the log.
+- **Incidents** and the single runs were trained in the order of the log, so that an incident is a moment; all else on
+  the generated stream with 65,536 rows shuffled at a time. The ladder of the incidents has its own undisturbed runs.
 - **Tables** have plain Adagrad throughout, as in the paper, but for the one row that says otherwise.
 - **What was tuned.** The limits of GC and AGC on a seed that is used nowhere else, among the paper's three values.
   Clippy's thresholds were not tuned for each model: 0.5 and 0.01 are the paper's, 0.1 and 0.001 came from trials on a

@@ -161,17 +161,18 @@ def _bound(study: Study) -> str:
 
 
 INCIDENTS = {
+    "none": "Undisturbed, for comparison",
     "shift": "Tastes turn halfway, within a moment and for good",
     "units": "A label comes ten times as large for 2 % of the rows (rating)",
 }
 
 
 def _incidents(study: Study) -> str:
-    result, calm = study.get("incidents"), study.get(PAPER[claims.AIM_MODEL])
+    result = study.get("incidents")
     parts = [tell_source(result, "incidents")]
     for incident in dict.fromkeys(score.incident for score in result.scores) if result else ():
         parts.append(f"### {INCIDENTS.get(incident, incident)}")
-        parts.append(tables.incident_table(result, incident, calm) if result else "")
+        parts.append(tables.incident_table(result, incident) if result else "")
     return "\n\n".join(parts)
 
 

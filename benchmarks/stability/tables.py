@@ -227,14 +227,15 @@ def _best(score: Score) -> str:
     return f"{quality(score, score.best)} at {plain(score.best.rate)}" if score.best else NONE
 
 
-def incident_table(result: Result, incident: str, calm: Result | None) -> str:
+def incident_table(result: Result, incident: str) -> str:
     """Return quality at the best rate under an incident, and what the incident costs there."""
     scores = [score for score in result.scores if score.incident == incident]
+    undisturbed = [score for score in result.scores if score.incident == "none"]
     rival = best_of(scores)
     rows = []
     for score in scores:
         best, cost = score.best, NONE
-        usual = calm.find(score.optimizer, score.model) if calm else None
+        usual = next((s for s in undisturbed if (s.optimizer, s.model) == (score.optimizer, score.model)), None)
         same = [r for r in usual.rungs if best and abs(r.rate / best.rate - 1) < 1e-9] if usual else []
         if best and same:
             cost = signed(best.lead(same[0]))
