@@ -21,6 +21,7 @@ trunk = { kind = "shared_bottom", widths = [8] }
 [train]
 window_steps = 3
 log_every = 2
+report = false
 [trackers]
 tensorboard = false
 [schema]

@@ -38,6 +38,7 @@ import torch
 from steadyrank import checkpoints, session, stopping
 from steadyrank.config import RunConfig
 from steadyrank.errors import SteadyRankError
+from steadyrank.report import page
 from steadyrank.runs import RunFolder
 from steadyrank.sequential import run
 
@@ -125,14 +126,14 @@ class HalfWriter:
 
 def train_once(job: Mapping[str, Any]) -> int:
     """Train, or resume; return the exit code: 0, 2 with the message in FOLDER.error, or 130 when it was stopped."""
-    config = RunConfig.from_toml(job["toml"])
+    config = RunConfig.from_toml(job["toml"], ["train.report=true"])
     killer = Killer(job.get("kill_at", 0))
     path = Path(job["folder"])
     resume = (path / "config.toml").exists() and not job.get("overwrite")
     path.with_suffix(".error").unlink(missing_ok=True)
     disk = FullDisk(job.get("full_at", 0), job.get("full_for", 0)) if "full_at" in job or "count" in job else None
-    if not job.get("report"):  # drawing takes three times as long as such a run
-        session.write_report = lambda folder: folder.write_report("")  # type: ignore[assignment,return-value]
+    if not job.get("report"):  # drawing takes three times as long as such a run; what is written is all that matters
+        page.write_report = lambda folder: folder.write_report("")  # type: ignore[assignment,return-value]
     try:
         folder = RunFolder.open(path) if resume else RunFolder.create(path, overwrite=path.exists())
         if not resume:

@@ -13,5 +13,5 @@ from .tiny import tiny, train
 torch.set_num_threads(1)
 importlib.import_module("torch._dynamo")  # which every worker would else import for itself
 with tempfile.TemporaryDirectory() as folder:  # the first run in a process takes four times as long
-    train(tiny("train.report=false", "data.rows=600"), Path(folder) / "run")
+    train(tiny("data.rows=600"), Path(folder) / "run")
 assert pool

@@ -192,8 +192,8 @@ def test_a_rate_of_0_can_be_replaced_but_not_multiplied(make: Make) -> None:
 
 
 def test_a_cell_is_the_run_itself_but_for_what_a_person_looks_at(make: Make) -> None:
-    own = RunConfig.from_toml(TINY, ["optimizer.dense.lr=0.1", "seed=1", "data.seed=1"])
-    (cell,) = make("ladder.rates=[0.1]", "ladder.seeds=[1]", "ladder.workers=1").cells()
+    own = RunConfig.from_toml(TINY, ["optimizer.dense.lr=0.1", "seed=1", "data.seed=1", "train.report=true"])
+    (cell,) = make("train.report=true", "ladder.rates=[0.1]", "ladder.seeds=[1]", "ladder.workers=1").cells()
     train = {"report": False, "give_up_windows": 10, "threads": cell.config.train.threads}
     parts = {
         "name": f"{OWN}-0.1-s1",

@@ -118,7 +118,7 @@ def test_a_ladder_leaves_a_run_folder_for_each_cell_and_a_table(whole: tuple[Pat
 def test_a_cell_is_to_the_bit_the_run_that_is_trained_alone(whole: tuple[Path, Found], tmp_path: Path) -> None:
     """Also one that its worker trained after another."""
     folder, found = whole
-    sets = ["optimizer.dense={name='clippy_adagrad', lr=0.4}", "seed=1", "data.seed=1", "train.report=false"]
+    sets = ["optimizer.dense={name='clippy_adagrad', lr=0.4}", "seed=1", "data.seed=1"]
     alone = train(RunConfig.from_toml(TEXT, sets), tmp_path / "run")
     ladder = make(tmp_path)
     (cell,) = [cell for cell in ladder.cells() if cell.name == "clippy-0.4-s1"]

@@ -95,6 +95,16 @@ def test_a_replay_between_two_readings_goes_on_to_the_next(tmp_path: Path) -> No
     assert found.compared == 2 * 7  # the rows of steps 7 and 14, six tasks and the total
 
 
+def test_steps_of_a_warm_up_are_replayed_at_the_rates_they_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the beginning, from a checkpoint within the warm-up, and beyond its end."""
+    monkeypatch.setattr(module, "EARLIER", 2)
+    warm = ("train.warmup_steps=12", "train.log_every=1", "train.checkpoint_every=6", "train.keep_checkpoints=9")
+    folder = train(tiny(*warm), tmp_path / "run")
+    for step, start in ((4, 0), (10, 6), (15, 12)):
+        found = replay(folder.path, step)
+        assert (found.exact, found.difference, found.start) == (True, 0.0, start), str(found)
+
+
 @pytest.mark.slow
 def test_a_run_that_went_another_way_is_told(struck: RunFolder, tmp_path: Path) -> None:
     other = RunConfig.from_toml(struck.config_text(), ["optimizer.dense.lr=0.05"])

@@ -88,7 +88,8 @@ def config_one_batch() -> RunConfig:
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    folder = train(tiny("trackers.tensorboard=true"), tmp_path / "run", on_progress=seen.append)
+    config = tiny("trackers.tensorboard=true", "train.report=true")
+    folder = train(config, tmp_path / "run", on_progress=seen.append)
     summary = folder.summary()
     assert summary["status"] == "finished"
     assert summary["rows"] == 2560
@@ -105,7 +106,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert factors
     for name in factors:
         assert np.all((folder.readings("steps")[name] >= 0) & (folder.readings("steps")[name] <= 1))
-    assert RunConfig.from_toml(folder.config_text()) == tiny("trackers.tensorboard=true")
+    assert RunConfig.from_toml(folder.config_text()) == config
 
 
 def test_ctrl_c_ends_cleanly_with_a_checkpoint_to_resume(tmp_path: Path) -> None:

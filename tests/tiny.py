@@ -31,6 +31,7 @@ name = "clippy_adagrad"
 [train]
 log_every = 3
 window_steps = 5
+report = false
 
 [trackers]
 tensorboard = false

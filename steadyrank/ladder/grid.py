@@ -147,7 +147,7 @@ class Ladder:
         """Return how many cells are trained at once."""
         if self.config.workers is not None:
             return self.config.workers
-        return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+        return 1 if torch.cuda.is_available() else _count_cores()
 
     def _cells(self) -> Iterator[Cell]:
         config = self.config
@@ -207,7 +207,7 @@ class Ladder:
         if own.train.follow:
             more["train"]["follow"] = False  # it would wait for ever, and the next cell for it
         if own.train.threads is None and not torch.cuda.is_available():
-            more["train"]["threads"] = max(1, len(os.sched_getaffinity(0)) // self.workers())
+            more["train"]["threads"] = max(1, _count_cores() // self.workers())
         if isinstance(own.data, StreamConfig) and self.config.vary_data:
             more["data"] = {"seed": seed}
         made = merge(raw, more) | {"name": title}
@@ -217,6 +217,11 @@ class Ladder:
             place = place.setdefault(key, {})
         place[last] = rate
         return RunConfig.from_dict(made, f"the ladder's cell '{title}'")
+
+
+def _count_cores() -> int:
+    """Return how many cores this process may use; where the system does not say, how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_ladder(path: str | Path, overrides: Sequence[str] = ()) -> Ladder:

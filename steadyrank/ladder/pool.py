@@ -94,8 +94,11 @@ class Pool:
         context: Any = multiprocessing.get_context(_START)  # typed by a literal name alone
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, str(self.folder), self.keep_checkpoints), daemon=True)
-        with _ctrl_c_held():
-            process.start()
+        try:
+            with _ctrl_c_held():
+                process.start()
+        except OSError as error:
+            raise ConfigError(f"no process could be started for a cell: {error}; set ladder.workers lower") from error
         theirs.close()
         return _Worker(process, ours)
 
