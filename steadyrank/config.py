@@ -207,7 +207,6 @@ class RunConfig(Settings):
         summary, precision = model.summary(), self.choose_precision(model, device)
         model.precision = precision.dtype
         facts = {
-            "log_rows": reader.rows,
             "parameters": {"dense": summary.dense, "embedding": summary.embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
             "precision": str(precision),

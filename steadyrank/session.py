@@ -480,6 +480,7 @@ class Session:
             "message": message,
             "steps": self.step,
             "rows": self.rows,
+            "log_rows": self.parts.reader.rows,
             **self.clock.summary(self.rows),
             "bad_steps": self.readings.bad_steps,
             "recovery": self.rescue.summary(),
