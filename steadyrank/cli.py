@@ -250,7 +250,7 @@ def prepare(
 
 
 def main() -> None:
-    """Run the command line: exit code 2 for a wrong input, 130 for Ctrl-C."""
+    """Run the command line: exit code 2 for a wrong input, 1 for cells that failed, 130 for Ctrl-C."""
     _wait_politely()
     try:
         app()

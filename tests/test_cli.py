@@ -14,6 +14,7 @@ from steadyrank.runs import RunFolder
 
 Call = Callable[..., tuple[int, str, str]]
 FAST = ["--set", "trackers.tensorboard=false", "--set", "model.trunk={kind='shared_bottom', widths=[8]}"]
+LEAN = [*FAST, "--set", "train.report=false"]
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_demo_ends_with_a_table_a_report_and_the_next_command(steadyrank: Call) 
 def test_predictions_are_those_of_the_trained_model_and_ignore_labels(steadyrank: Call, tmp_path: Path) -> None:
     write_log(tmp_path / "log.parquet")
     steadyrank("init", "log.parquet")
-    assert steadyrank("train", "run.toml", *FAST, "--out", "r")[0] == 0
+    assert steadyrank("train", "run.toml", *LEAN, "--out", "r")[0] == 0
     table = pq.read_table("log.parquet")
     pq.write_table(table.drop_columns(["click"]), "unlabelled.parquet")
     assert steadyrank("predict", "r", "log.parquet", "a.parquet")[0] == 0
@@ -120,7 +121,7 @@ def test_version(steadyrank: Call) -> None:
 def trained(steadyrank: Call, tmp_path: Path) -> Path:
     write_log(tmp_path / "log.parquet")
     steadyrank("init", "log.parquet")
-    assert steadyrank("train", "run.toml", *FAST, "--out", "run")[0] == 0
+    assert steadyrank("train", "run.toml", *LEAN, "--out", "run")[0] == 0
     return tmp_path / "run"
 
 
@@ -171,7 +172,7 @@ def test_wrong_input_is_refused_and_leaves_nothing(steadyrank: Call, tmp_path: P
 )
 def test_wrong_values_are_named(steadyrank: Call, trained: Path, column: str, values: list, message: str) -> None:
     write_log(Path("bad.parquet"), **{column: values})
-    result = steadyrank("train", "run.toml", *FAST, "--set", "data.path=bad.parquet", "--out", "bad")
+    result = steadyrank("train", "run.toml", *LEAN, "--set", "data.path=bad.parquet", "--out", "bad")
     check_refused(result, r"bad\.parquet.*" + message)
 
 
@@ -179,7 +180,7 @@ def test_a_run_is_never_overwritten_without_being_told(steadyrank: Call, trained
     before = (trained / "summary.json").read_bytes()
     check_refused(steadyrank("train", "run.toml", "--out", trained), "--overwrite")
     assert (trained / "summary.json").read_bytes() == before
-    assert steadyrank("train", "run.toml", *FAST, "--out", trained, "--overwrite", "--set", "seed=3")[0] == 0
+    assert steadyrank("train", "run.toml", *LEAN, "--out", trained, "--overwrite", "--set", "seed=3")[0] == 0
     assert (trained / "summary.json").read_bytes() != before
     Path("precious").mkdir()
     Path("precious/thesis.txt").write_text("years of work")

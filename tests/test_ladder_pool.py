@@ -228,7 +228,8 @@ def test_a_cell_with_other_settings_is_refused_and_nothing_is_touched(
 ONE = ("ladder.rates=[0.4]", "ladder.optimizers={}", "ladder.workers=1", "data.rows=1_280")
 
 
-def test_overwrite_trains_anew_and_deletes_cells_alone(tmp_path: Path) -> None:
+def test_overwrite_trains_anew_and_deletes_cells_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_START", "spawn")  # as users have it
     folder = tmp_path / "ladder"
     (folder / CELLS / "old").mkdir(parents=True)
     (folder / LADDER).write_text("")

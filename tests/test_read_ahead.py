@@ -24,8 +24,17 @@ def makers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> Iterator[None]:
+    """Keep what was there before these tests out of each collection, which would take longer than the test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def no_thread_is_left(small_heap: None) -> Iterator[None]:
     yield
     gc.collect()
     assert makers() == []

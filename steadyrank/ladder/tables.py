@@ -330,7 +330,7 @@ COLUMNS = (
     Column(
         "stable\nup to",
         _tell_stable,
-        "The largest rate up to which, from the best one, a seed neither diverged nor never learned: the geometric "
+        "The largest rate up to which, from the best one, a seed did not diverge, collapse or never learn: geometric "
         "mean over seeds, with its 95 % interval. ≥ where the ladder ended first.",
         "stable_rate, stable_rate_censored, unstable_at_best",
         rank=3,
