@@ -34,7 +34,7 @@ from .recovery import RecoveryConfig
 from .runs import RunFolder
 from .schema import Schema
 from .sequential import Parts, TrainConfig, find_device
-from .settings import Settings
+from .settings import Settings, merge
 from .trackers import TrackersConfig
 
 _MOST_LETTERS = 1 << 20
@@ -128,7 +128,7 @@ class RunConfig(Settings):
         except ValidationError:
             return rest  # refused again below, under its full path
         own = Stream(stream).schema()
-        return {**rest, "schema": _merge(own.model_dump(), given) if given else own}
+        return {**rest, "schema": merge(own.model_dump(), given) if given else own}
 
     def source(self, *, grows: bool = False) -> Source:
         """Open the log; where it `grows`, files that do not fit are passed over and reported in the run."""
@@ -348,19 +348,6 @@ def _one_line(config: OptimizerConfig) -> str:
     """Show an optimizer in a few words: its name, rate and clip."""
     clip = f", {config.clip.name}" if config.clip is not None else ""
     return f"{config.name} (lr {config.lr:g}{clip})"
-
-
-def _merge(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with what is given in its place, table by table.
-
-    >>> _merge({"tasks": {"click": {"kind": "binary"}}, "group": "user"}, {"tasks": {"click": {"loss_weight": 2.0}}})
-    {'tasks': {'click': {'kind': 'binary', 'loss_weight': 2.0}}, 'group': 'user'}
-    """
-    merged = dict(base)
-    for key, value in given.items():
-        below = base.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _override(data: dict[str, Any], override: str) -> None:

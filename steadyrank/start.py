@@ -27,7 +27,7 @@ _TASKS = """\
 # What is learned. kind = "binary" or "regression" (transform = "log1p", scale). Optional: mask, weight, only_where.
 """
 _OPTIMIZER = """\
-# Clippy bounds how far each tensor's step goes, so that the rate hardly matters: rates of 0.004 to 0.128 were alike
+# Clippy bounds how far each tensor's step goes, so that the rate hardly matters: rates of 0.002 to 0.032 were alike
 # in the study of docs/stability.md. Will it stand twice the rate? `steadyrank ladder` with this file tells.
 [optimizer.dense]
 name = "clippy_adam"

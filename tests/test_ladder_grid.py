@@ -7,7 +7,7 @@ import pytest
 
 from steadyrank.config import RunConfig
 from steadyrank.errors import ConfigError
-from steadyrank.ladder.grid import Cell, Ladder, LadderConfig, load_ladder, merge
+from steadyrank.ladder.grid import Cell, Ladder, LadderConfig, change, load_ladder
 
 from .tiny import TINY
 
@@ -36,20 +36,20 @@ def rates(cells: list[Cell]) -> list[float]:
 
 def test_tables_merge_and_one_that_says_what_it_is_replaces() -> None:
     base = {"train": {"log_every": 3, "window_steps": 5}, "optimizer": {"dense": {"name": "adam", "eps": 1e-6}}}
-    assert merge(base, {"train": {"log_every": 4}}) == {**base, "train": {"log_every": 4, "window_steps": 5}}
-    merged = merge(base, {"optimizer": {"dense": {"lr": 0.1}}})
+    assert change(base, {"train": {"log_every": 4}}) == {**base, "train": {"log_every": 4, "window_steps": 5}}
+    merged = change(base, {"optimizer": {"dense": {"lr": 0.1}}})
     assert merged["optimizer"]["dense"] == {"name": "adam", "eps": 1e-6, "lr": 0.1}
-    assert merge(base, {"optimizer": {"dense": {"name": "sgd"}}})["optimizer"]["dense"] == {"name": "sgd"}
-    assert merge({"data": {"source": "stream", "rows": 5}}, {"data": {"source": "logs"}}) == {
+    assert change(base, {"optimizer": {"dense": {"name": "sgd"}}})["optimizer"]["dense"] == {"name": "sgd"}
+    assert change({"data": {"source": "stream", "rows": 5}}, {"data": {"source": "logs"}}) == {
         "data": {"source": "logs"}
     }
-    assert merge({"name": "a", "seed": 1}, {"name": "b"}) == {"name": "b", "seed": 1}
-    assert merge({"seed": 1}, {"seed": {"x": 1}}) == {"seed": {"x": 1}}
+    assert change({"name": "a", "seed": 1}, {"name": "b"}) == {"name": "b", "seed": 1}
+    assert change({"seed": 1}, {"seed": {"x": 1}}) == {"seed": {"x": 1}}
 
 
 def test_merging_leaves_both_as_they_were() -> None:
     base, more = {"a": {"x": [1]}}, {"b": {"y": [2]}}
-    merged = merge(base, more)
+    merged = change(base, more)
     merged["a"]["x"].append(3)
     merged["b"]["y"].append(3)
     assert (base, more) == ({"a": {"x": [1]}}, {"b": {"y": [2]}})
@@ -58,7 +58,7 @@ def test_merging_leaves_both_as_they_were() -> None:
 def test_a_feature_may_be_called_source_or_kind() -> None:
     """Such a table of features names none of several things."""
     base = {"features": {"user": {"kind": "id"}, "source": {"kind": "id", "rows": 9}}}
-    merged = merge(base, {"features": {"source": {"rows": 5}, "kind": {"kind": "number"}}})
+    merged = change(base, {"features": {"source": {"rows": 5}, "kind": {"kind": "number"}}})
     assert merged["features"] == {**base["features"], "source": {"kind": "id", "rows": 5}, "kind": {"kind": "number"}}
 
 

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from ..config import RunConfig, parse_toml, read_text
 from ..data.stream import StreamConfig
 from ..errors import ConfigError, nearest
-from ..settings import Settings
+from ..settings import Settings, merge
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -155,7 +155,7 @@ class Ladder:
         models = config.models or {"": Variant()}
         methods = config.optimizers or {"": Method()}
         arms = [
-            (incident, model, name, methods[name], merge(merge(merge(self.raw, i.set_), m.set_), methods[name].set_))
+            (incident, model, name, methods[name], change(change(change(self.raw, i.set_), m.set_), methods[name].set_))
             for incident, i in incidents.items()
             for model, m in models.items()
             for name in methods
@@ -210,7 +210,7 @@ class Ladder:
             more["train"]["threads"] = max(1, _count_cores() // self.workers())
         if isinstance(own.data, StreamConfig) and self.config.vary_data:
             more["data"] = {"seed": seed}
-        made = merge(raw, more) | {"name": title}
+        made = change(raw, more) | {"name": title}
         place = made
         *path, last = self.config.vary.split(".")
         for key in path:
@@ -237,28 +237,21 @@ def load_ladder(path: str | Path, overrides: Sequence[str] = ()) -> Ladder:
         raise ConfigError(_explain(error, str(path))) from error
     if config.run is not None:
         base = Path(path).parent / config.run
-        raw = merge(parse_toml(read_text(base), (), str(base)), raw)
+        raw = change(parse_toml(read_text(base), (), str(base)), raw)
         raw.pop("ladder", None)
         config = config.model_copy(update={"run": None})
     return Ladder(str(raw.get("name", "run")), config, raw)
 
 
-def merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with others merged in; neither is changed.
+def change(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a run with others merged in; a table that says what it is replaces the one that stood there.
 
-    >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
-    {'a': {'x': 1, 'y': 3}}
-    >>> merge({"dense": {"name": "adam", "eps": 1e-6}}, {"dense": {"name": "sgd"}})
+    >>> change({"dense": {"name": "adam", "eps": 1e-6}}, {"dense": {"lr": 0.1}})
+    {'dense': {'name': 'adam', 'eps': 1e-06, 'lr': 0.1}}
+    >>> change({"dense": {"name": "adam", "eps": 1e-6}}, {"dense": {"name": "sgd"}})
     {'dense': {'name': 'sgd'}}
     """
-    merged = deepcopy(dict(base))
-    for key, value in more.items():
-        there = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(there, Mapping) and not _replaces(value):
-            merged[key] = merge(there, value)
-        else:
-            merged[key] = deepcopy(value)
-    return merged
+    return deepcopy(merge(base, more, _replaces))
 
 
 def _replaces(table: Mapping[str, Any]) -> bool:

@@ -141,7 +141,6 @@ def _gather_outcome(folder: RunFolder, summary: Mapping[str, Any], cell: Cell, c
     kinds = {name: task["kind"] for name, task in tasks.items()}
     window_rows = summary["rows"] / steps * cell.config.train.window_steps
     ended = _Ends(tables["windows"], int(summary["log_rows"]), window_rows, summary["status"] == "finished")
-    settled = {name: columns for name, columns in tables.items() if name in ("dynamics", "curvature")}
     return Outcome(
         cell=cell.name,
         optimizer=cell.optimizer,
@@ -157,8 +156,8 @@ def _gather_outcome(folder: RunFolder, summary: Mapping[str, Any], cell: Cell, c
         precision=str(summary["precision"]).partition(":")[0].rpartition(" ")[2],
         loss=_mean([_relative_loss(ended, task, kind, config.test) for task, kind in kinds.items()]),
         spikes=_count_spikes(tables["steps"].get("loss/total", np.zeros(0))),
-        headroom=_middle(settled["curvature"], "headroom/total", steps // 2),
-        moved=_middle(settled["dynamics"], "update_over_weight/", steps // 2),
+        headroom=_middle(tables["curvature"], "headroom/total", steps // 2),
+        moved=_middle(tables["dynamics"], "update_over_weight/", steps // 2),
         factor=_middle(tables["steps"], "clip_factor/", steps // 2),
         episodes=_count_episodes(tasks),
         kinds=kinds,

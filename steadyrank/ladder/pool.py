@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ConfigError, SteadyRankError
 from ..parts import Progress
 from ..runs import RunFolder
 from ..sequential import run
+from ..settings import flatten
 from ..stopping import stop_on_signals
 from .grid import Cell
 
@@ -183,16 +184,9 @@ def has_ended(folder: Path, cell: Cell) -> bool:
 
 def _difference(there: RunConfig, here: RunConfig) -> str:
     """Say where two configurations first differ; empty where only threads do, which another machine has more of."""
-    one, other = (_flatten(config.model_dump(mode="json", by_alias=True)) for config in (there, here))
+    one, other = (flatten(config.model_dump(mode="json", by_alias=True)) for config in (there, here))
     names = [name for name in {**one, **other} if name != "train.threads" and one.get(name) != other.get(name)]
     return f"{names[0]} = {one.get(names[0])} there, {other.get(names[0])} here" if names else ""
-
-
-def _flatten(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flatten(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return flat
 
 
 def _work(link: Connection, folder: str, keep_checkpoints: bool) -> None:

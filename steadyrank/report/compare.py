@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import replace, writing
 from ..runs import RunFolder
+from ..settings import flatten
 from . import markup
 from .overlay import draw_runs
 from .plots import look
@@ -152,17 +153,10 @@ def _differences(folders: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     for folder in folders:
         try:
             configs.append(
-                _flatten(tomllib.loads(folder.config_text())) if (folder.path / "config.toml").exists() else {}
+                flatten(tomllib.loads(folder.config_text())) if (folder.path / "config.toml").exists() else {}
             )
         except tomllib.TOMLDecodeError:
             configs.append({})
     names = dict.fromkeys(name for config in configs for name in config if name != "name")
     rows = [(name, [str(config.get(name, "–")) for config in configs]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
