@@ -4,7 +4,6 @@ They take the scores of `score_ladder`, and so draw a ladder that still runs, or
 optimizer keeps its colour throughout; a run is a point whose marker is its verdict, as in the terminal.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-import plotly.io
 
-from ..errors import ConfigError
 from ..report.figures import Section
 from ..report.plots import GREY, PALETTE, Panel, choose_scale, new_figure, shorten, text
+from ..report.png import draw_files
 from .outcomes import Ending, Outcome
 from .scores import Rung, Score, choose
 from .tables import place_of
@@ -184,21 +182,12 @@ def write_png(figure: go.Figure, path: str | Path, width: int = 900, height: int
     Raises:
         ConfigError: kaleido is not installed, finds no browser, or the file cannot be written.
     """
-    if importlib.util.find_spec("kaleido") is None or not hasattr(plotly.io, "write_images"):  # from plotly 6.1 on
-        raise ConfigError('a PNG of a figure needs kaleido: pip install "steadyrank[png]"')
     drawn, path = go.Figure(figure), Path(path)
     paper, ink, grid = ("#14171c", "#e4e8ee", "#2a3038") if dark else ("#ffffff", "#1d232b", "#e6e9ee")
     drawn.update_layout(paper_bgcolor=paper, font_color=ink, margin={"t": 48, "r": 20})
     drawn.update_xaxes(gridcolor=grid)
     drawn.update_yaxes(gridcolor=grid)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plotly.io.write_images([drawn], [path], width=width, height=height, scale=2)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
-    except RuntimeError as error:  # kaleido's answer where no browser is found, or where it does not start
-        first = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"a PNG of a figure needs Chrome or Chromium, and none could be started ({first})") from error
+    draw_files([drawn], [path], width, [height])
     return path
 
 
