@@ -271,6 +271,19 @@ class Ragged(NamedTuple):
         return Ragged(self.values[source], offsets)
 
 
+class Share(NamedTuple):
+    """What a batch is a part of, where several processes learn one batch together."""
+
+    rows: int
+    """Rows of the whole batch."""
+    first_time: int
+    """Earliest time in it, in microseconds since 1970."""
+    last_time: int
+    """The latest."""
+    weights: Float[Tensor, " tasks"]
+    """Sum of the row weights by task, over the whole batch."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of a log as tensors. An id is a row of the weight matrix of its feature's width (`Schema.slot`)."""
@@ -295,9 +308,23 @@ class Batch:
     """Generated streams only: true probability, or expectation of the label as the model learns it."""
     row: Int64[Tensor, " batch"] | None = None
     """Number of each row in its log, counted from 0 in reading order; None in a batch that a Reader did not make."""
+    share: Share | None = None
+    """The batch that this is a part of; None where it is whole."""
 
     def __len__(self) -> int:
         return len(self.time)
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows of the whole batch, over all processes."""
+        return len(self) if self.share is None else self.share.rows
+
+    @property
+    def times(self) -> tuple[int, int]:
+        """Earliest and latest time of the whole batch, in microseconds since 1970."""
+        if self.share is not None:
+            return self.share.first_time, self.share.last_time
+        return int(self.time.min()), int(self.time.max())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch on `device`."""
@@ -307,7 +334,8 @@ class Batch:
         """Return all tensors that it is made of."""
         values = [getattr(self, f.name) for f in fields(self)]
         lists = [part for ragged in self.lists for part in (ragged.values, ragged.offsets)]
-        return [value for value in values if isinstance(value, Tensor)] + lists
+        shared = [] if self.share is None else [self.share.weights]
+        return [value for value in values if isinstance(value, Tensor)] + lists + shared
 
     def take(self, index: Int64[Tensor, " taken"]) -> "Batch":
         """Return the rows in `index`, in that order."""
@@ -316,6 +344,7 @@ class Batch:
             if isinstance(value, Tensor):
                 moved[name] = value.index_select(0, index)
         moved["lists"] = tuple(ragged.take(index) for ragged in self.lists)
+        moved["share"] = None
         return Batch(**moved)
 
     @staticmethod
@@ -337,6 +366,7 @@ class Batch:
             if isinstance(value, Tensor):
                 moved[name] = move(value)
         moved["lists"] = tuple(Ragged(move(r.values), move(r.offsets)) for r in self.lists)
+        moved["share"] = None if self.share is None else self.share._replace(weights=move(self.share.weights))
         return Batch(**moved)
 
 

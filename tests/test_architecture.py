@@ -24,7 +24,7 @@ LAYERS = [
     ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
     ["checkpoints", "journal"],
-    ["files", "stopping", "native", "precision", "terminal"],
+    ["files", "stopping", "native", "precision", "terminal", "ranks"],
     ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}

@@ -1,0 +1,149 @@
+"""The processes of a run: which one this is, and what they tell one another. One process alone needs none of torch's.
+
+Everybody calls what is a collective (all but the properties), in the same order. Objects cross as pickles: between the
+processes of one run, which are one user's.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ConfigError, SteadyRankError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of N processes that train together; alone by itself.
+
+    >>> ALONE.is_first, ALONE.gather(torch.ones(2)), ALONE.on_first(lambda: "said once")
+    (True, tensor([[1., 1.]]), 'said once')
+    """
+
+    rank: int = 0
+    """Which one this is, from 0 on."""
+    size: int = 1
+    """How many there are."""
+    group: Any = None
+    """Torch's process group for tensors on the model's device; None alone."""
+    host: Any = None
+    """One for what lies on the host: a gloo group."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes, shows and decides for all."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no process group."""
+        return self.group is None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return a tensor of every rank, one under the other [size, *shape]; all have the same shape and dtype."""
+        if self.is_alone:
+            return x[None]
+        found = x.new_empty((self.size, *x.shape))
+        group = self.host if x.device.type == "cpu" else self.group
+        dist.all_gather(list(found.unbind()), x.contiguous(), group=group)
+        return found
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return a value of every rank, in their order."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.host)
+        return found
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return what rank `source` gave."""
+        if self.is_alone:
+            return value
+        held = [value if self.rank == source else None]
+        dist.broadcast_object_list(held, src=source, group=self.host)
+        return held[0]  # type: ignore[return-value]  # of the source, which gave a T
+
+    def on_first(self, do: Callable[[], T]) -> T:
+        """Let the first rank do something; all return what it returned, or raise what it raised."""
+        if self.is_alone:
+            return do()
+        found: tuple[str, Any] = ("", None)
+        if self.is_first:
+            try:
+                found = ("done", do())
+            except SteadyRankError as error:
+                found = ("failed", error)
+        how, value = self.broadcast(found)
+        if how == "failed":
+            raise value
+        return value  # type: ignore[no-any-return]  # what `do` returned there
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Let every rank do something; where it fails on one, all raise that error, the first rank's first."""
+        if self.is_alone:
+            return do()
+        error: SteadyRankError | None = None
+        try:
+            value = do()
+        except SteadyRankError as found:
+            error = found
+        for each in self.gather_objects(error):
+            if each is not None:
+                raise each
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on any rank."""
+        return bool(self.gather(torch.tensor(flag)).any())
+
+    def another(self) -> "Ranks":
+        """Return the same ranks with a process group of their own for the host: for a thread beside this one."""
+        if self.is_alone:
+            return self
+        return Ranks(self.rank, self.size, self.group, dist.new_group(backend="gloo"))
+
+
+ALONE = Ranks()
+"""One process, without a process group."""
+
+
+def started_together() -> bool:
+    """Say whether torchrun, or another launcher that speaks as it does, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine: that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(device: torch.device, timeout_s: float) -> Ranks:
+    """Meet the other processes that the launcher started, and return who is who.
+
+    Args:
+        device: Where the model is: gloo serves a CPU, and NCCL a GPU.
+        timeout_s: Seconds that one waits for another, here and at every collective.
+
+    Raises:
+        ConfigError: They do not meet.
+    """
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} met no others at {where}: {error}; "
+            "start them with torchrun, on every machine the same command"
+        ) from error
+    world = dist.group.WORLD
+    host = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return Ranks(dist.get_rank(), dist.get_world_size(), world, host)
