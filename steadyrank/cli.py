@@ -17,6 +17,7 @@ from .terminal import bar, complain, errors, say, say_event
 if TYPE_CHECKING:
     from .config import RunConfig
     from .parts import Parts
+    from .ranks import Ranks
     from .runs import RunFolder
 
 app = typer.Typer(
@@ -94,12 +95,11 @@ def train(
 ) -> None:
     """Train in time order, every row scored before it is learned."""
     from .config import load
-    from .runs import RunFolder
 
     if resume is not None:
         if config is not None or out is not None or sets:
             raise typer.BadParameter("--resume takes its settings from the run folder; give --follow at most with it")
-        _go_on(RunFolder.open(resume), follow)
+        _go_on(resume, follow)
     elif config is None:
         raise typer.BadParameter("give a TOML file (steadyrank init writes one), or --resume RUN")
     else:
@@ -289,24 +289,36 @@ def _spare_compiler() -> None:
 
 def _train(config: "RunConfig", out: Path | None, overwrite: bool) -> Path:
     """Train in a new run folder and print what came out."""
-    from .runs import RunFolder, next_folder
+    from .launch import begun_before, create_folder, meeting
 
     _spare_compiler()
-    parts = config.build(announce=say)  # before the folder is made: a wrong path or column leaves nothing behind
-    with RunFolder.create(out or next_folder(config.name), overwrite=overwrite) as folder:
-        folder.write_config(config.to_toml())
-        return _finish(parts, folder)
+    with meeting(config) as ranks:
+        begun = begun_before(ranks)
+        if begun is not None:
+            return _resume(config, begun, ranks)
+        parts = config.build(announce=say, ranks=ranks)  # before the folder: a wrong path or column leaves none behind
+        with create_folder(config, out, ranks, overwrite=overwrite) as folder:
+            return _finish(parts, folder)
 
 
-def _go_on(folder: "RunFolder", follow: bool) -> Path:
+def _go_on(path: Path, follow: bool) -> Path:
     """Resume a run from its newest checkpoint."""
     from .config import RunConfig
+    from .launch import meeting
+    from .runs import RunFolder
 
-    text, sets = folder.config_text(), ["train.follow=true"] if follow else []
-    config = RunConfig.from_toml(text, sets, where=str(folder.path))
+    text, sets = RunFolder.open(path).config_text(), ["train.follow=true"] if follow else []
+    config = RunConfig.from_toml(text, sets, where=str(path))
     _spare_compiler()
-    with folder:
-        return _finish(config.build(resume=True, announce=say), folder, resume=True)
+    with meeting(config) as ranks:
+        return _resume(config, path, ranks)
+
+
+def _resume(config: "RunConfig", path: Path, ranks: "Ranks") -> Path:
+    from .launch import open_folder
+
+    with open_folder(path, ranks) as folder:
+        return _finish(config.build(resume=True, announce=say, ranks=ranks), folder, resume=True)
 
 
 def _finish(parts: "Parts", folder: "RunFolder", resume: bool = False) -> Path:

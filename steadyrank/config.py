@@ -16,7 +16,10 @@ from pydantic_core import ErrorDetails
 from . import native
 from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
+from .distributed.agreement import check_alike
+from .distributed.engine import DistributedConfig, make_engine
 from .errors import CheckpointError, ConfigError, near_path, nearest
+from .models.embeddings import EmbeddingTables
 from .models.memory import check_memory
 from .models.ranker import ModelConfig, Ranker
 from .monitors.watch import WatchConfig
@@ -30,6 +33,7 @@ from .optim import (
     state_bytes_per_row,
 )
 from .precision import Precision, choose_precision
+from .ranks import ALONE, Ranks, local_size
 from .recovery import RecoveryConfig
 from .runs import RunFolder
 from .schema import Schema
@@ -92,6 +96,8 @@ class RunConfig(Settings):
     """The instruments."""
     recovery: RecoveryConfig = RecoveryConfig()
     """What is done when something goes wrong."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How several processes train together."""
     trackers: TrackersConfig = TrackersConfig()
     """Where readings are shown, besides the run folder."""
 
@@ -136,17 +142,20 @@ class RunConfig(Settings):
             return Stream(self.data)
         return ParquetLog(self.data, self.schema_.time, lenient=grows or self.train.follow)
 
-    def build_reader(self, source: Source | None = None, *, pin_memory: bool = False) -> Reader:
-        """Open the log (or `source` instead) as windows and batches; for a GPU they can be put where it reads fast."""
+    def build_reader(self, source: Source | None = None, *, pin_memory: bool = False, ranks: Ranks = ALONE) -> Reader:
+        """Open the log (or `source` instead) as windows and batches; for a GPU they can be put where it reads fast.
+
+        Each of several ranks is given its rows of every batch.
+        """
         reader = self.reader
         if self.train.follow:  # so that it does not matter when a file came
             reader = reader.model_copy(update={"window_per_file": True})
-        made = Reader(source or self.source(), self.schema_, reader, self.seed, pin_memory=pin_memory)
-        self.check_memory(made)
+        made = Reader(source or self.source(), self.schema_, reader, self.seed, pin_memory=pin_memory, ranks=ranks)
+        self.check_memory(made, ranks)
         return made
 
-    def check_memory(self, reader: Reader) -> str:
-        """Say what memory the run takes.
+    def check_memory(self, reader: Reader, ranks: Ranks = ALONE) -> str:
+        """Say what memory the run takes; of several ranks, what this one does.
 
         Raises:
             ConfigError: This machine has not so much.
@@ -156,19 +165,38 @@ class RunConfig(Settings):
         return check_memory(
             self.schema_,
             self.model,
-            window_rows=window_rows + min(config.read_ahead, reader.rows - window_rows),
-            batch_rows=min(config.batch_size, window_rows),
+            window_rows=(window_rows + min(config.read_ahead, reader.rows - window_rows)) // ranks.size,
+            batch_rows=min(config.batch_size, window_rows) // ranks.size,
             state_bytes=partial(state_bytes_per_row, self.optimizer.tables),
+            **self._spread(ranks),
         )
 
-    def build_model(self) -> Ranker:
-        """Make the model, its weights decided by the seed.
+    def _spread(self, ranks: Ranks) -> dict[str, int]:
+        """Return how many processes share this machine, and the tables."""
+        if ranks.is_alone:
+            return {}
+        return {"processes": local_size(), "shards": ranks.size if self.distributed.shards_tables else 1}
+
+    def build_model(self, ranks: Ranks = ALONE, device: torch.device | None = None) -> Ranker:
+        """Make the model, its weights decided by the seed: the same for any number of ranks.
 
         Raises:
             ConfigError: This machine has no memory for it.
         """
-        check_memory(self.schema_, self.model)
-        model = Ranker(self.schema_, self.model, torch.Generator().manual_seed(self.seed))
+        check_memory(self.schema_, self.model, **self._spread(ranks))
+        made, tables = torch.Generator().manual_seed(self.seed), EmbeddingTables
+        if not ranks.is_alone and self.schema_.tables and self.distributed.shards_tables:
+            from .distributed.sharded import ShardedTables
+
+            tables = partial(
+                ShardedTables,
+                ranks=ranks,
+                device=device or torch.device("cpu"),
+                batch_rows=-(-self.reader.batch_size // ranks.size),
+                state_bytes=partial(state_bytes_per_row, self.optimizer.tables),
+                budget_bytes=None if self.distributed.memory_gb is None else int(self.distributed.memory_gb * 1e9),
+            )
+        model = Ranker(self.schema_, self.model, made, tables)
         model.precision = self.choose_precision(model, torch.device("cpu")).dtype
         return model
 
@@ -185,7 +213,12 @@ class RunConfig(Settings):
         return made
 
     def build(
-        self, source: Source | None = None, *, resume: bool = False, announce: Callable[[str], None] | None = None
+        self,
+        source: Source | None = None,
+        *,
+        resume: bool = False,
+        announce: Callable[[str], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Parts:
         """Make everything that a run needs.
 
@@ -193,26 +226,31 @@ class RunConfig(Settings):
             source: In place of the log that the configuration names.
             resume: To go on with a run: the log may have grown.
             announce: Called, before anything large is made, with what memory it takes.
+            ranks: Who trains together; all build together.
 
         Raises:
-            ConfigError, DataError: The log cannot be opened, or lacks a column.
+            ConfigError, DataError: The log cannot be opened, or lacks a column; or the ranks are not alike.
         """
+        settings = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        self._check_together(settings, ranks)
         device = find_device(self.train.device)
-        reader = self.build_reader(source or self.source(grows=resume), pin_memory=device.type == "cuda")
+        open_reader = partial(self.build_reader, source or self.source(grows=resume), pin_memory=device.type == "cuda")
+        reader = open_reader(ranks=ranks.another())
         if announce is not None:
-            announce(self.check_memory(reader))
+            announce(self.check_memory(reader, ranks))
         native.prepare()  # the compiler runs while weights are drawn and the first window is read
-        model = self.build_model()
-        optimizers = self.build_optimizers(model)
+        model = self.build_model(ranks, device)
         summary, precision = model.summary(), self.choose_precision(model, device)
         model.precision = precision.dtype
+        engine = make_engine(model.to(device), ranks, self.distributed)
+        optimizers = self.build_optimizers(model)
+        embedding = sum(slot.rows * slot.width for slot in self.schema_.tables.values())
         facts = {
-            "parameters": {"dense": summary.dense, "embedding": summary.embedding},
+            "parameters": {"dense": summary.dense, "embedding": embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
             "precision": str(precision),
             "bound": {part: line for part, each in optimizers.items() for line in advice.lines(each, model)},
         }
-        settings = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         return Parts(
             self.name,
             self.schema_,
@@ -224,10 +262,27 @@ class RunConfig(Settings):
             watch=self.watch,
             recovery=self.recovery,
             trackers=self.trackers,
+            engine=engine,
             precision=precision,
             settings=settings,
             facts=facts,
         )
+
+    def _check_together(self, settings: Mapping[str, Any], ranks: Ranks) -> None:
+        """Raise ConfigError unless several ranks are alike, and what is asked for is there for several."""
+        if ranks.is_alone:
+            return
+        check_alike(settings, ranks)
+        if self.train.follow:
+            raise ConfigError(
+                "train.follow: several ranks do not follow a growing log; train what is there, and go on with --resume "
+                "when more has come"
+            )
+        if self.train.quarantine_rows and self.distributed.shards_tables:
+            raise ConfigError(
+                "train.quarantine_rows: not for tables that TorchRec shards; set it to false, or distributed.tables = "
+                "'replicated'"
+            )
 
     def to_toml(self) -> str:
         """Return the whole configuration as TOML; `load` of it gives an equal object."""

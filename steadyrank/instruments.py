@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from .data.logs import Reader
 from .data.rows import show_rows
+from .distributed.engine import Engine
 from .errors import CheckpointError
 from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
@@ -20,9 +22,11 @@ from .monitors.unusual import Reference
 from .monitors.verdict import Change
 from .monitors.warning import Alert
 from .monitors.watch import Watch, WatchConfig
+from .ranks import ALONE
 from .recovery import Trouble
 from .runs import RunFolder
 from .schema import Batch, Schema
+from .shards import Rows
 
 _CAUSES_APART = 200
 
@@ -37,6 +41,7 @@ class Instruments:
         config: Periods and thresholds.
         folder: Takes readings, events and cause reports.
         write: Takes a table, a step and a row of readings.
+        engine: Trains the model together with other ranks, each of which has instruments and reads at the same steps.
     """
 
     def __init__(
@@ -47,8 +52,11 @@ class Instruments:
         config: WatchConfig,
         folder: RunFolder,
         write: Callable[[str, int, Mapping[str, float]], None],
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.reader, self.config, self.folder = model, reader, config, folder
+        self.ranks = ALONE if engine is None else engine.ranks
+        self._may_explain = self.ranks.is_first and (engine is None or engine.has_whole_model)
         self.schema = reader.schema
         tasks = self.schema.tasks
         self.watch = Watch(
@@ -85,9 +93,9 @@ class Instruments:
 
     def note(self, batch: Batch) -> None:
         """Look at the step just made; `batch` as the reader gave it. No host sync."""
-        step = self.watch.step
-        self.reference.add(step, batch)
-        self._recent.append((step, batch))
+        step, rows = self.watch.step, replace(batch, share=None)  # what stands behind a step is looked for in these
+        self.reference.add(step, rows)
+        self._recent.append((step, rows))
         if self.watch.headroom_is_due:
             self.watch.headroom(lambda: self._losses_of(batch))
         if step % self.config.snapshot_every == 0:
@@ -156,11 +164,15 @@ class Instruments:
         with _evaluating(self.model):
             both = getattr(self.model, "forward_both", None)
             logits_BK = self.model(here) if both is None else both(here).training
-        losses_K = multitask_loss(logits_BK, here.labels, here.weights, tasks).parts
+        sums_K = None if here.share is None else here.share.weights
+        losses_K = multitask_loss(logits_BK, here.labels, here.weights, tasks, sums_K=sums_K).parts
+        losses_K = self.ranks.gather(losses_K.detach()).sum(0)
         return torch.stack([task.loss_weight * loss for task, loss in zip(tasks, losses_K.unbind(), strict=True)])
 
     def _explain(self, step: int, why: str) -> None:
         """Find what stood behind a step, and write it down, unless that was done often enough or just now."""
+        if not self._may_explain:
+            return
         near = bool(self._explained) and step - self._explained[-1] < _CAUSES_APART
         if near or len(self._explained) >= self.config.causes:
             return
@@ -213,12 +225,24 @@ class Instruments:
 def find_fields(model: nn.Module, schema: Schema) -> list[Field]:
     """Return where each embedding table lies in the weight matrix of its width."""
     names = dict(model.named_parameters())
+    held = getattr(getattr(model, "tables", None), "rows", {})  # of tables that lie on several ranks
+    if held:
+        return [field for name, rows in held.items() for field in _fields_here(f"tables.{name}", rows)]
     found = []
     for table, slot in schema.tables.items():
         parameter = f"tables.weights.width_{slot.width}"
         if parameter in names:
             found.append(Field(table, parameter, slot.start, slot.rows))
     return found
+
+
+def _fields_here(parameter: str, rows: Sequence[Rows]) -> Iterator[Field]:
+    """Yield where each table lies in what this rank holds of the weight matrix; not those of which it holds nothing."""
+    start = 0
+    for each in rows:
+        if each.count:
+            yield Field(each.table, parameter, start, each.count)
+        start += each.count
 
 
 @contextmanager

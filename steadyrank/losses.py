@@ -44,6 +44,7 @@ def multitask_loss(
     weights_BK: Float[Tensor, "batch tasks"],
     tasks: Sequence[Task],
     scales_K: Float[Tensor, " tasks"] | None = None,
+    sums_K: Float[Tensor, " tasks"] | None = None,
 ) -> MultitaskLoss:
     """Return the total loss and each task's part.
 
@@ -59,6 +60,8 @@ def multitask_loss(
         weights_BK: 0 or more; 0 masks the row for that task.
         tasks: The tasks, in the order of the columns (`tuple(schema.tasks.values())`).
         scales_K: By how much each task is damped for now; 1 for all when left out.
+        sums_K: Sum of the weights over a larger batch of which these rows are a part (`Share.weights`): the losses of
+            all its parts then add up to its loss.
 
     Raises:
         ConfigError: There are not as many tasks as columns.
@@ -80,7 +83,7 @@ def multitask_loss(
         columns = slice(start, start := start + len(list(run)))
         weights = weights_BK[:, columns]
         losses = weights * _elementwise(kind, logits_BK[:, columns], labels_BK[:, columns], delta)
-        sums = weights.sum(0)
+        sums = weights.sum(0) if sums_K is None else sums_K[columns]
         part = losses.sum(0) / torch.where(sums == 0, 1.0, sums)
         total = total + loss_weight * (part if scales_K is None else part * scales_K[columns]).sum()
         parts.append(part)

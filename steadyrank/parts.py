@@ -11,13 +11,16 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from .data.logs import Reader
+from .data.logs import FileNote, Reader
+from .distributed.engine import Engine
 from .errors import ConfigError
 from .monitors.watch import WatchConfig
 from .precision import Precision, PrecisionName
+from .ranks import ALONE, Ranks, local_rank, started_together
 from .recovery import RecoveryConfig
 from .schema import Batch, Schema
 from .settings import Settings
+from .stopping import Stop, wait_until
 from .trackers import TrackersConfig
 
 
@@ -87,12 +90,19 @@ class Parts:
     watch: WatchConfig = field(default_factory=WatchConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     trackers: TrackersConfig = field(default_factory=TrackersConfig)
+    engine: Engine | None = None
+    """Trains the model together with other ranks; None in one process."""
     precision: Precision | None = None
     """How the process multiplies; left as it is when None."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The whole configuration, for the trackers."""
     facts: dict[str, Any] = field(default_factory=dict)
     """More for the summary: sizes of the model, names of the optimizers."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who trains together."""
+        return ALONE if self.engine is None else self.engine.ranks
 
     def set_up(self) -> None:
         """Set this process's threads and precision as the run has them."""
@@ -121,6 +131,44 @@ class Parts:
         torch.set_rng_state(state["generators"]["torch"])
         if "cuda" in state["generators"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
+    def pack(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state in which is marked what is this rank's part of a table, for a checkpoint."""
+        return state if self.engine is None else self.engine.pack(state, self.optimizers)
+
+    def unpack(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state, of a checkpoint of any number of ranks, as this rank holds it."""
+        return state if self.engine is None else self.engine.unpack(state, self.optimizers)
+
+    def held_rows(self) -> dict[str, tuple[int, int]] | None:
+        """Return which rows of sharded tables this rank has, as `Checkpoints.load` takes them."""
+        return None if self.engine is None else self.engine.held_rows()
+
+
+def wait_for_files(
+    parts: Parts, stop: Stop, say: Callable[[str, str], None], take: Callable[[list[FileNote]], None]
+) -> bool:
+    """Wait at the end of a log for new files; says whether there are some.
+
+    Args:
+        parts: The run that follows its log.
+        stop: Ends the waiting.
+        say: Takes the kind and the words of what is not written down.
+        take: Takes what was found at each look.
+    """
+    config = parts.config
+
+    def find() -> bool:
+        try:
+            notes = parts.reader.refresh()
+        except ConfigError as error:  # a folder that cannot be read just now
+            say("waiting", f"{error}; looking again later")
+            return False
+        take(notes)
+        return any(note.kind == "new" for note in notes)
+
+    words = "the log is at its end; waiting for new files (Ctrl-C stops)"
+    return wait_until(find, stop, config.follow_every_s, config.follow_idle_s, lambda: say("waiting", words))
 
 
 class Clock:
@@ -154,7 +202,7 @@ class Clock:
 
     def note(self, batch: Batch) -> None:
         """Note of when the rows are that were learned."""
-        low, high = int(batch.time.min()), int(batch.time.max())
+        low, high = batch.times
         self.first_time = low if self.first_time is None else min(low, self.first_time)
         self.last_time = high if self.last_time is None else max(high, self.last_time)
 
@@ -196,13 +244,15 @@ OnEvent = Callable[[int, str, str], None]
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is a GPU when there is one.
+    """Return the device of that name; `auto` is a GPU when there is one, and each process on a machine has its own.
 
     Raises:
         ConfigError: There is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and started_together():
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -63,6 +63,14 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.host)
         return found
 
+    def collect(self, value: T) -> list[T]:
+        """Return a value of every rank on the first; elsewhere nothing."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, found if self.is_first else None, dst=0, group=self.host)
+        return found
+
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return what rank `source` gave."""
         if self.is_alone:
@@ -125,6 +133,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """Return how many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def join(device: torch.device, timeout_s: float) -> Ranks:
     """Meet the other processes that the launcher started, and return who is who.
 
@@ -147,3 +160,26 @@ def join(device: torch.device, timeout_s: float) -> Ranks:
     world = dist.group.WORLD
     host = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return Ranks(dist.get_rank(), dist.get_world_size(), world, host)
+
+
+def leave() -> None:
+    """Say goodbye to the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Return the launcher's own memory, which survives the processes that it started."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+
+
+def remember(key: str, value: str) -> None:
+    """Tell something to those that the launcher may start in the place of these."""
+    _store().set(key, value)
+
+
+def recall(key: str) -> str | None:
+    """Return what was to be remembered; None where nothing was."""
+    store = _store()
+    return store.get(key).decode() if store.check([key]) else None

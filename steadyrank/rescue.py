@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from .checkpoints import Checkpoints
 from .errors import CheckpointError
+from .ranks import ALONE, Ranks
 from .recovery import Action, Damper, Ladder, RecoveryConfig, Trouble
 from .snapshots import SnapshotRing
 
@@ -26,6 +27,7 @@ class Rescue:
         device: Of the model.
         kept: The checkpoints on disk.
         warmup_steps: Steps over which the learning rates rise.
+        ranks: Who trains together: they are asked together, and the first decides.
     """
 
     def __init__(
@@ -36,11 +38,12 @@ class Rescue:
         device: torch.device,
         kept: Checkpoints,
         warmup_steps: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.mode, self.kept = config, config.mode, kept
+        self.config, self.mode, self.kept, self._ranks = config, config.mode, kept, ranks
         self.ladder = Ladder(config)
         self.damper = Damper(config.damp, optimizers, tasks, device, warmup_steps)
-        self.ring = SnapshotRing(int(config.snapshot_budget_mb * 1e6))
+        self.ring = SnapshotRing(int(config.snapshot_budget_mb * 1e6), ranks)
         self.left_out: list[list[int]] = []
         """Windows of the log that are left out: the first of each stretch, and the one after its last."""
         self.rows_skipped = 0
@@ -69,7 +72,7 @@ class Rescue:
         """Return what is to be done now, if anything."""
         if self.mode == "off":
             return None
-        action = self.ladder.decide(step, troubles, suspected, can_go_back)
+        action = self._ranks.on_first(lambda: self.ladder.decide(step, troubles, suspected, can_go_back))
         if action is not None and self.mode == "on":
             self._counts[action.rung] = self._counts.get(action.rung, 0) + 1
         return action
@@ -107,8 +110,15 @@ class Rescue:
         before = self._before(since)
         return any(step < before for step in self.ring.steps) or bool(self._on_disk(before))
 
-    def find_earlier(self, since: int, say: Callable[[str], None]) -> tuple[int, Any]:
-        """Return the newest state from well before step `since`, and its step; `say` gets what is wrong with others.
+    def find_earlier(
+        self, since: int, say: Callable[[str], None], rows: Mapping[str, tuple[int, int]] | None = None
+    ) -> tuple[int, Any]:
+        """Return the newest state from well before step `since`, and its step.
+
+        Args:
+            since: The first step of the trouble.
+            say: Gets what is wrong with others.
+            rows: Of sharded tables, which are held here: as `Checkpoints.load` takes them.
 
         Raises:
             CheckpointError: There is none.
@@ -116,8 +126,8 @@ class Rescue:
         before = self._before(since)
         found = self.ring.newest_before(before)
         if found is None:
-            wanted = self._on_disk(before)
-            found = self.kept.load_newest(say, lambda step, _: step in wanted)
+            wanted = self._ranks.on_first(lambda: self._on_disk(before))
+            found = self.kept.load_newest(say, lambda step, _: step in wanted, rows=rows, ranks=self._ranks)
         if found is None:
             raise CheckpointError(f"{self.kept.path}: no whole checkpoint from before step {before} to return to")
         return found

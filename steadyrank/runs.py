@@ -323,6 +323,40 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class OthersFolder(RunFolder):
+    """A run's folder as those ranks see it that do not write it: what they would write is dropped."""
+
+    def append(self, table: str, step: int, values: Mapping[str, float | int]) -> None:
+        """Drop a row."""
+
+    def event(self, step: int, kind: str, message: str, **detail: Any) -> None:
+        """Drop an event."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def mark(self) -> dict[str, Mark]:
+        """Return nothing."""
+        return {}
+
+    def rewind(self, marks: Mapping[str, Mark]) -> None:
+        """Do nothing."""
+
+    def turn_over(self, most_bytes: int | float) -> None:
+        """Do nothing."""
+
+    def drop_old(self) -> None:
+        """Do nothing."""
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Drop the summary."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Leave the lock to the first rank."""
+        yield
+
+
 def next_folder(name: str, parent: str | Path = "runs") -> Path:
     """Return the first of `parent`/`name`-1, -2, ... that does not exist yet.
 

@@ -4,13 +4,16 @@ Shapes: B rows, K tasks.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .evaluate import GLOBAL, Metrics, RunningMean, best
 from .metrics import ProgressiveMetrics, as_scores, update_all
+from .ranks import ALONE, Ranks
 from .schema import Batch, Schema
 
 CAPACITY = 2**18
@@ -117,3 +120,43 @@ class Scoreboard:
         self._baseline.load_state_dict(state["baseline"])
         self._rows = state["rows"]
         self._sums = {name: {task: list(pair) for task, pair in of.items()} for name, of in state["sums"].items()}
+
+
+class Pending:
+    """Steps whose scores are still on the device, and with several ranks on each of them its rows of a batch.
+
+    Args:
+        board: Takes the scores of whole batches; on the first rank alone.
+        ranks: Who trains together.
+    """
+
+    def __init__(self, board: Scoreboard, ranks: Ranks = ALONE) -> None:
+        self._board, self._ranks = board, ranks
+        self._held: list[tuple[Batch, Tensor]] = []
+
+    def add(self, batch: Batch, scores_BK: Float[Tensor, "batch tasks"]) -> None:
+        """Keep a step: its rows as the reader gave them, and their scores where they lie. No host sync."""
+        self._held.append((batch, scores_BK))
+
+    def flush(self) -> None:
+        """Bring the scores to the host in one copy, and count them with those of the other ranks' rows."""
+        if not self._held:
+            return
+        batches = [batch for batch, _ in self._held]
+        scores = torch.cat([scores_BK for _, scores_BK in self._held]).float().cpu()
+        self._held = []
+        if self._ranks.is_alone:
+            for batch, scores_BK in zip(batches, scores.split([len(batch) for batch in batches]), strict=True):
+                self._board.add(batch, scores_BK)
+            return
+        each = self._ranks.collect(([_without_inputs(batch) for batch in batches], scores))
+        parts = [scores.split([len(batch) for batch in batches]) for batches, scores in each]
+        for step in range(len(batches) if each else 0):
+            whole = Batch.cat([batches[step] for batches, _ in each])
+            self._board.add(whole, torch.cat([scores[step] for scores in parts]))
+
+
+def _without_inputs(batch: Batch) -> Batch:
+    """Return what metrics need of a batch: labels, weights, groups, times, and the ids that baselines go by."""
+    none = batch.numbers.new_empty(len(batch), 0)
+    return replace(batch, lists=(), numbers=none, positions=none.long(), row=None, share=None)

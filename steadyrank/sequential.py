@@ -1,5 +1,6 @@
 """Sequential training with progressive validation: every row is scored as in serving before it is learned."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from .errors import DataError, DivergenceError, SteadyRankError
@@ -46,7 +47,9 @@ def run(
         ConfigError: Another process is training in the folder.
     """
     parts.set_up()
-    with folder.locked(), stop_on_signals() as stop:
+    with ExitStack() as held:
+        parts.ranks.together(lambda: held.enter_context(folder.locked()))
+        stop = held.enter_context(stop_on_signals())
         session = Session(parts, folder, stop, on_progress, on_event)
         if resume:
             session.resume()
@@ -64,7 +67,7 @@ def run(
                 status, message, failure = "data_error", str(error), error
             except DivergenceError as error:
                 status, message, failure = "diverged", str(error), error
-            if stop.is_set() and failure is None:
+            if session.stop.is_set() and failure is None:
                 status, message = "interrupted", f"stopped by the user at step {session.step}"
             summary = session.finish(status, message)
         finally:

@@ -5,20 +5,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .checkpoints import Kind
 from .data.logs import Cursor, FileNote
-from .errors import CheckpointError, ConfigError, DivergenceError
+from .errors import CheckpointError, DivergenceError
 from .instruments import Instruments
 from .metrics import DAY_US, iso_day
-from .parts import Clock, OnEvent, OnProgress, Parts, Progress
+from .optim.kernels import local
+from .parts import Clock, OnEvent, OnProgress, Parts, Progress, wait_for_files
 from .recovery import Action, Trouble
 from .rescue import Rescue
 from .runs import RunFolder
 from .schema import Batch
-from .scoreboard import Scoreboard
-from .stopping import Stop, wait_until, write_patiently
+from .scoreboard import Pending, Scoreboard
+from .stopping import AgreedStop, Stop, write_patiently
 from .trackers import Trackers, open_trackers
 from .train import Readings, Step, fit
 
@@ -44,7 +44,9 @@ class Session:
         on_progress: OnProgress | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
-        self.parts, self.folder, self.stop = parts, folder, stop
+        self.parts, self.folder, self.ranks = parts, folder, parts.ranks
+        self._own_stop = stop
+        self.stop = stop if self.ranks.is_alone else AgreedStop(stop, self.ranks)
         self.on_progress = on_progress
         self.on_event: OnEvent = on_event or (lambda step, kind, message: None)
         parts.model.to(parts.device)
@@ -55,23 +57,25 @@ class Session:
         self.clock = Clock()
         self.cursor = Cursor()
         self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth)
+        self._pending = Pending(self.board, self.ranks)
         self.readings = Readings(tasks, parts.model.named_parameters(), optimizers)
         self.trackers = Trackers([])
         self.instruments: Instruments | None = None
         if parts.watch.enabled:
-            self.instruments = Instruments(parts.model, optimizers, parts.reader, parts.watch, folder, self._write)
+            reader, engine = parts.reader, parts.engine
+            self.instruments = Instruments(parts.model, optimizers, reader, parts.watch, folder, self._write, engine)
         kept, warmup_steps = folder.checkpoints, parts.config.warmup_steps
-        self.rescue = Rescue(parts.recovery, parts.optimizers, tasks, parts.device, kept, warmup_steps)
+        self.rescue = Rescue(parts.recovery, parts.optimizers, tasks, parts.device, kept, warmup_steps, self.ranks)
         self._troubles: list[Trouble] = []
         self._resumed = self._returned = False
         self._day: int | None = None
-        self._pending: list[tuple[Batch, Tensor]] = []
         self._next = self.cursor
 
     def loop(self) -> None:
         """Score and learn every batch from the cursor on, until the log ends or the run is stopped."""
         parts, since = self.parts, self.step if self._resumed else None
-        self.trackers = open_trackers(parts.trackers, self.folder, parts.name, parts.settings, resumed_at=since)
+        if self.ranks.is_first:
+            self.trackers = open_trackers(parts.trackers, self.folder, parts.name, parts.settings, resumed_at=since)
         self.clock.start(self.rows)
         self._give_up_where_hopeless()  # it may have been killed there
         while self._train():  # again after each return to an earlier state
@@ -96,7 +100,7 @@ class Session:
         self.persist(lambda: self.folder.write_summary(summary))
         self.persist(self.folder.flush)
         self.trackers.close(ok=status == "finished")
-        if self.parts.config.report:
+        if self.parts.config.report and self.ranks.is_first:
             from .report.page import write_report  # plotly and jinja2, which a run needs at its end alone
 
             self.persist(lambda: write_report(self.folder))
@@ -106,17 +110,18 @@ class Session:
         """Save everything that a resume needs; one that is made `aside` leaves no trace in what the run does later."""
         config, regular = self.parts.config, kind == "regular"
         self._flush()
-        if not regular and self.step in self.folder.checkpoints.steps():
+        if not regular and self.ranks.on_first(lambda: self.step in self.folder.checkpoints.steps()):
             return
         self._gather_troubles()
         healthy = self._is_healthy()
         if regular:
             self.persist(lambda: self.folder.turn_over(config.max_readings_mb * 1e6))
             self.rescue.ring.clear()  # from here on the checkpoint is what one returns to: the same after a resume
-        state = self.state_dict()
+        state = self.parts.pack(self.state_dict())
         if not regular:
-            state["ring"] = self.rescue.ring_state()
-        self.persist(lambda: self.folder.checkpoints.save(self.step, state, kind=kind, healthy=healthy, day=day))
+            state["ring"] = [[step, self.parts.pack(held)] for step, held in self.rescue.ring_state()]
+        save = partial(self.folder.checkpoints.save, self.step, state, kind=kind, healthy=healthy, day=day)
+        self._persist(partial(save, ranks=self.ranks), self.stop)
         self.persist(self.prune)
         if regular:
             self.persist(self.folder.drop_old)
@@ -124,6 +129,8 @@ class Session:
 
     def prune(self) -> None:
         """Delete the checkpoints that are not to be kept."""
+        if not self.ranks.is_first:
+            return
         self.folder.checkpoints.prune(self.parts.config.keep_checkpoints, self.parts.config.days_kept)
 
     def resume(self) -> None:
@@ -133,29 +140,28 @@ class Session:
             CheckpointError: It belongs to another model or version.
             DataError: The log is not the one that the run read.
         """
-        damaged, notes = list[str](), list[FileNote]()
-        self.folder.checkpoints.mend()
-        found = self.folder.checkpoints.load_newest(damaged.append)
-        if found is None and self.folder.checkpoints.steps():
+        damaged, notes, kept = list[str](), list[FileNote](), self.folder.checkpoints
+        self.ranks.on_first(kept.mend)
+        found = kept.load_newest(damaged.append, rows=self.parts.held_rows(), ranks=self.ranks)
+        if found is None and kept.steps():
             raise CheckpointError(f"{self.folder.path}: no checkpoint can be used: {damaged[0]}")
         if found is None:
             self.folder.rewind({})
         else:
             try:
                 notes = self.load_state_dict(found[1])
+                self.rescue.load_ring([[step, self.parts.unpack(held)] for step, held in found[1].get("ring", ())])
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
                 raise CheckpointError(
                     f"{self.folder.path}: the checkpoint belongs to another model or version ({error}); start anew"
                 ) from error
             self.folder.rewind(found[1]["marks"])
-            self.rescue.load_ring(found[1].get("ring", ()))
             self.prune()
             if "ring" not in found[1]:
                 self._remember(self._is_healthy())
         for message in damaged:
             self._say_damaged(message)
-        for note in notes:
-            self._note_file(note)
+        self._note_files(notes)
         self.event("resumed", f"goes on at step {self.step}", process=True)
         self.persist(self.folder.flush)
         self._resumed = True
@@ -171,14 +177,15 @@ class Session:
             "rescue": self.rescue.state_dict(),
             "troubles": [list(trouble) for trouble in self._troubles],
             "day": self._day,
-            "board": self.board.state_dict(),
+            "board": self.board.state_dict() if self.ranks.is_first else {},
             **self._trained_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[FileNote]:
         """Go on from `state`; returns what has become of the log since."""
-        self._load_trained_state(state)
-        self.board.load_state_dict(state["board"])
+        self._load_trained_state(self.parts.unpack(state))
+        if self.ranks.is_first:
+            self.board.load_state_dict(state["board"])
         notes = self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row)
         self.step, self.rows = state["step"], state["rows"]
         self.clock.load_state_dict(state)
@@ -198,8 +205,11 @@ class Session:
         self.on_event(self.step, kind, message)
 
     def persist(self, write: Callable[[], T]) -> T:
-        """Write; where the disk is full, wait for space."""
-        return write_patiently(write, self.stop, self.parts.config.wait_for_disk_s, partial(self.say, "disk_full"))
+        """Write, on this rank alone; where the disk is full, wait for space."""
+        return self._persist(write, self._own_stop)
+
+    def _persist(self, write: Callable[[], T], stop: Stop) -> T:
+        return write_patiently(write, stop, self.parts.config.wait_for_disk_s, partial(self.say, "disk_full"))
 
     def _trained_state(self) -> dict[str, Any]:
         """Return what training has made, and where it stands in the log: what one returns to."""
@@ -227,6 +237,7 @@ class Session:
             watch=self.instruments.watch if self.instruments else None,
             quarantine_rows=parts.config.quarantine_rows,
             scales_K=self.rescue.scales_K,
+            engine=parts.engine,
         )
         for batch, outcome in steps:
             self._note(batch, outcome)
@@ -245,6 +256,8 @@ class Session:
         saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
         if not (ends_window or saves or step % config.log_every == 0 or self.parts.reader.file_ends):
             return False
+        if isinstance(self.stop, AgreedStop):
+            self.stop.agree()
         self._flush()
         if ends_window:
             self._close_window()
@@ -266,7 +279,7 @@ class Session:
     def _read(self) -> Iterator[Batch]:
         reader = self.parts.reader
         for batch, cursor in reader.batches(self.cursor):
-            if self.rescue.leaves_out(cursor.window, cursor.batches, len(batch)):
+            if self.rescue.leaves_out(cursor.window, cursor.batches, batch.whole_rows):
                 self.cursor = cursor
                 if self.stop.is_set():
                     return
@@ -286,7 +299,7 @@ class Session:
         first = self.clock.first_time
         if not self.parts.config.days_kept or cursor.last_time is None or first is None:
             return
-        day, before = int(batch.time.min()) // DAY_US, cursor.last_time // DAY_US
+        day, before = batch.times[0] // DAY_US, cursor.last_time // DAY_US
         known = first // DAY_US if self._day is None else self._day
         self._day = max(known, day)
         if day > known:
@@ -296,37 +309,25 @@ class Session:
 
     def _wait_for_files(self) -> bool:
         """Wait for new files at the end of the log; says whether there are some."""
-        config = self.parts.config
         self.checkpoint("aside")
-        say = partial(self.say, "waiting", "the log is at its end; waiting for new files (Ctrl-C stops)")
-        found = wait_until(self._find_files, self.stop, config.follow_every_s, config.follow_idle_s, say)
+        found = wait_for_files(self.parts, self.stop, self.say, self._note_files)
         self.clock.start(self.rows)
         return found
 
-    def _find_files(self) -> bool:
-        """Take new files and report them; a folder that cannot be read just now is looked at again later."""
-        try:
-            notes = self.parts.reader.refresh()
-        except ConfigError as error:
-            self.say("waiting", f"{error}; looking again later")
-            return False
+    def _note_files(self, notes: list[FileNote]) -> None:
         for note in notes:
-            self._note_file(note)
+            self.event("file", f"{note.kind} file {note.file}: {note.message}", process=True, file=note.file)
         self.persist(self.folder.flush)
-        return any(note.kind == "new" for note in notes)
-
-    def _note_file(self, note: FileNote) -> None:
-        self.event("file", f"{note.kind} file {note.file}: {note.message}", process=True, file=note.file)
 
     def _note(self, batch: Batch, outcome: Step) -> None:
         """Count a step; nothing here waits for the device."""
         self.step += 1
-        self.rows += len(batch)
+        self.rows += batch.whole_rows
         self.cursor = self._next
         self.clock.note(batch)
         self.rescue.note_window(self.step, self.cursor.window)
         self.readings.add(self.step, outcome)
-        self._pending.append((batch, outcome.scores))
+        self._pending.add(batch, outcome.scores)
         if self.instruments is not None:
             self.instruments.note(batch)
 
@@ -338,10 +339,7 @@ class Session:
         if self.instruments is not None:
             row |= self.instruments.flush()
         speed = self.clock.lap(self.rows)
-        scores = torch.cat([scores for _, scores in self._pending]).float().cpu()
-        for (batch, _), scores_BK in zip(self._pending, scores.split([len(b) for b, _ in self._pending]), strict=True):
-            self.board.add(batch, scores_BK)
-        self._pending.clear()
+        self._pending.flush()
         self._write("steps", self.step, {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
@@ -387,7 +385,8 @@ class Session:
         windows = self.parts.config.give_up_windows
         if windows is None or self.instruments is None:
             return
-        reason = self.instruments.watch.verdicts.hopeless(windows)
+        verdicts = self.instruments.watch.verdicts
+        reason = self.ranks.on_first(lambda: verdicts.hopeless(windows))
         if reason:
             raise DivergenceError(
                 f"{reason} (train.give_up_windows). The run up to there is kept in {self.folder.path}. Lower the "
@@ -429,14 +428,15 @@ class Session:
         return {} if self.instruments is None else self.instruments.watch.verdicts.suspected()
 
     def _is_healthy(self) -> bool:
-        held = [p for p in self.parts.model.parameters() if p.numel()]
-        finite = all(bool(torch.isfinite(torch.stack(p.aminmax())).all()) for p in held)  # no copy of a table
-        return finite and not self.readings.in_a_row and not self._suspected()
+        held = [x for p in self.parts.model.parameters() if (x := local(p.detach())).numel()]
+        finite = all(bool(torch.isfinite(torch.stack(x.aminmax())).all()) for x in held)  # no copy of a table
+        return not self.ranks.any(not finite or self.readings.in_a_row > 0 or bool(self._suspected()))
 
     def _remember(self, healthy: bool) -> None:
         """Keep the state as it is in memory, to return to."""
         if healthy and self.rescue.mode == "on":
-            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": self.board.state_dict()})
+            board = self.board.state_dict() if self.ranks.is_first else {}
+            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": board})
             if refusal:
                 self.event("recovery", refusal)
 
@@ -446,14 +446,15 @@ class Session:
         Steps go on being counted; what the abandoned ones left in readings and events stays.
         """
         here = self.cursor.window
-        then, state = self.rescue.find_earlier(action.since, self._say_damaged)
+        then, state = self.rescue.find_earlier(action.since, self._say_damaged, self.parts.held_rows())
+        state = self.parts.unpack(state)
         instruments = None if self.instruments is None else self.instruments.go_back(state["instruments"])
         self._load_trained_state({**state, "instruments": instruments})
-        self.board.load_state_dict(state["board"])
+        if self.ranks.is_first:
+            self.board.load_state_dict(state["board"])
         reader = self.parts.reader
         state["reader"]["source"] = reader.source.state_dict()
-        for note in reader.load_state_dict(state["reader"], self.cursor.next_row):
-            self._note_file(note)
+        self._note_files(reader.load_state_dict(state["reader"], self.cursor.next_row))
         self._gather_troubles()
         self._troubles.clear()  # they are answered
         self.rows = state["rows"]

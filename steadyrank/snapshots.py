@@ -4,7 +4,10 @@ import copy
 import sys
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from .ranks import ALONE, Ranks
 
 
 class _Snapshot(NamedTuple):
@@ -23,6 +26,7 @@ class SnapshotRing:
 
     Args:
         budget_bytes: what all snapshots may take together; 0 for none.
+        ranks: who takes snapshots together, each of its part: all keep those of the same steps.
 
     >>> import torch
     >>> ring = SnapshotRing(10_000)
@@ -35,8 +39,8 @@ class SnapshotRing:
     ([20, 30], 20, tensor(1000.))
     """
 
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+    def __init__(self, budget_bytes: int, ranks: Ranks = ALONE) -> None:
+        self.budget_bytes, self._ranks = budget_bytes, ranks
         self._held: list[_Snapshot] = []
         self._refused = False
 
@@ -57,7 +61,7 @@ class SnapshotRing:
             step: Steps done. Snapshots of this step and of later ones, which a rollback has undone, are dropped.
             state: Tensors and plain values in dicts, lists and tuples.
         """
-        size = size_of(state)
+        size = int(self._ranks.gather(torch.tensor(size_of(state))).max())
         if size > self.budget_bytes:
             told, self._refused = self._refused, True
             return (
@@ -102,7 +106,8 @@ def size_of(state: Any) -> int:
     4
     """
     if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
+        here = state.to_local() if hasattr(state, "to_local") else state
+        return here.numel() * here.element_size()
     if isinstance(state, dict):
         return sys.getsizeof(state) + sum(size_of(key) + size_of(value) for key, value in state.items())
     if isinstance(state, list | tuple):

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TypeVar
 
 from .errors import CheckpointError
+from .ranks import Ranks
 
 T = TypeVar("T")
 PAUSE_S = 5.0
@@ -45,6 +46,36 @@ class Stop:
         while not self.is_set() and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
         return self.is_set()
+
+
+class AgreedStop(Stop):
+    """The flag of several ranks, which they agree on now and then: set for all once it is set for one.
+
+    It is never late: between two agreements the ranks could not stop together.
+
+    Args:
+        own: That of this process.
+        ranks: Who agrees.
+    """
+
+    def __init__(self, own: Stop, ranks: Ranks) -> None:
+        super().__init__()
+        self._own, self._ranks = own, ranks
+
+    def agree(self) -> bool:
+        """Take in what has come to any rank; a collective. Says whether the flag is set."""
+        if not self.signal and self._ranks.any(self._own.is_set()):
+            self.signal = self._own.signal or signal.SIGTERM
+        return self.is_set()
+
+    def is_late(self) -> bool:
+        """Say no."""
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, and agree; a collective."""
+        time.sleep(seconds)
+        return self.agree()
 
 
 @contextmanager

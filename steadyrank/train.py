@@ -5,26 +5,40 @@ Shapes: B rows, K tasks, P parameters.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .guard import Before, Verdict, forget_step, judge, may_ask, quarantine, step_where_ok
+from .guard import Before, Parts, Verdict, forget_step, judge, judge_together, may_ask, quarantine, step_where_ok
 from .guard import guard as guard
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
 from .monitors.watch import Watch
+from .ranks import Ranks
 from .schema import Batch, Task
 
 NAMED = 5
 """Steps and tables of which rows in quarantine are named at a fetch."""
 
 
+@runtime_checkable
+class Engine(Protocol):
+    """Trains one model on several ranks (`distributed.engine`)."""
+
+    ranks: Ranks
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (serving, training) logits of this rank's rows."""
+
+    def backward(self, total: Tensor) -> None:
+        """Leave the gradient of the whole batch's loss, of which `total` is this rank's part."""
+
+
 class Step(NamedTuple):
-    """One step's outcome, on the device."""
+    """One step's outcome, on the device; of several ranks, over the rows of all, but for the scores."""
 
     scores: Float[Tensor, "batch tasks"]
     """Logits as serving gives them, from before the step."""
@@ -46,6 +60,7 @@ def train_step(
     *,
     quarantine_rows: bool = False,
     scales_K: Float[Tensor, " tasks"] | None = None,
+    engine: Engine | None = None,
 ) -> Step:
     """Score a batch as serving would, then learn it, unless a loss or gradient is not finite (`guard.judge`).
 
@@ -61,25 +76,42 @@ def train_step(
         watch: Instruments, of this model and these optimizers.
         quarantine_rows: Leave a row of a sparse gradient that is not finite out alone, and learn the rest of the step.
         scales_K: By how much each task is damped for now, on the device; it may change between steps.
+        engine: Trains the model together with other ranks, of which each has its part of the batch (`Batch.share`).
     """
     before = Before()
     before.keep_statistics(model)
-    scores_BK, logits_BK = _forward(model, batch)
-    total, parts_K = multitask_loss(logits_BK, batch.labels, batch.weights, tasks, scales_K)
+    scores_BK, logits_BK = _forward(model, batch) if engine is None else engine.forward(batch)
+    sums_K = None if batch.share is None else batch.share.weights
+    total, parts_K = multitask_loss(logits_BK, batch.labels, batch.weights, tasks, scales_K, sums_K)
     optimizers = list(optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     if watch is not None:
         watch.losses(parts_K, logits=logits_BK)
-    total.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     ask = may_ask(parts_K.device)
-    bad_rows = quarantine(parameters, ask) if quarantine_rows else None
-    verdict = judge(parameters, parts_K.detach(), bad_rows, before.statistics())
-    if watch is not None:
-        watch.gradients(verdict.largest)
+    if engine is None:
+        total.backward()
+        bad_rows = quarantine(parameters, ask) if quarantine_rows else None
+        verdict = judge(parameters, parts_K.detach(), bad_rows, before.statistics())
+        if watch is not None:
+            watch.gradients(verdict.largest)
+    else:
+        engine.backward(total)
+        bad_rows = quarantine(parameters, ask) if quarantine_rows else None
+        here = Parts(total.detach(), parts_K.detach(), _largest(logits_BK.detach()))
+        verdict, whole = judge_together(engine.ranks, parameters, here, bad_rows, before.statistics())
+        total, parts_K = whole.total, whole.losses
+        if watch is not None:
+            watch.whole(parts_K, whole.logits)
+            watch.gradients(verdict.largest)
     asked = step_where_ok(optimizers, verdict, before, bad_rows, ask)
     return Step(scores_BK.detach(), parts_K.detach(), total.detach(), verdict, asked)
+
+
+def _largest(logits_BK: Tensor) -> Tensor:
+    """Return the largest |logit| of each task; 0 where there is no row."""
+    return logits_BK.abs().amax(0) if len(logits_BK) else logits_BK.new_zeros(logits_BK.shape[1])
 
 
 def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -285,6 +317,7 @@ def fit(
     *,
     quarantine_rows: bool = False,
     scales_K: Float[Tensor, " tasks"] | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[Batch, Step]]:
     """Learn batches one by one, yielding each (where it lay) with its step's outcome; options as in `train_step`.
 
@@ -313,10 +346,8 @@ def fit(
     model.train()
     for batch in batches:
         here = batch.to(device) if copying is None else _copy_beside(batch, device, copying)
-        yield (
-            batch,
-            train_step(model, held, here, ordered, watch, quarantine_rows=quarantine_rows, scales_K=scales_K),
-        )
+        options = {"quarantine_rows": quarantine_rows, "scales_K": scales_K, "engine": engine}
+        yield batch, train_step(model, held, here, ordered, watch, **options)
 
 
 def _copy_beside(batch: Batch, device: torch.device, copying: torch.cuda.Stream) -> Batch:

@@ -35,7 +35,7 @@ import numpy as np
 import safetensors
 import torch
 
-from steadyrank import checkpoints, session, stopping
+from steadyrank import checkpoints, session, shards, stopping
 from steadyrank.config import RunConfig
 from steadyrank.errors import SteadyRankError
 from steadyrank.report import page
@@ -70,8 +70,8 @@ class FullDisk:
 
     def __init__(self, at: int, count: int) -> None:
         self.at, self.count, self.writes = at, count, 0
-        self._save, self._open, self._fsync, self._mkdir = checkpoints.save_file, Path.open, os.fsync, Path.mkdir
-        checkpoints.save_file, Path.open = self.save_file, lambda path, *a, **k: self.open(path, *a, **k)  # type: ignore
+        self._save, self._open, self._fsync, self._mkdir = shards.save_file, Path.open, os.fsync, Path.mkdir
+        shards.save_file, Path.open = self.save_file, lambda path, *a, **k: self.open(path, *a, **k)  # type: ignore
         os.fsync, Path.mkdir = self.fsync, lambda path, *a, **k: self.mkdir(path, *a, **k)  # type: ignore
 
     def is_full(self) -> bool:
@@ -94,11 +94,11 @@ class FullDisk:
         self.check()
         self._mkdir(path, *args, **options)
 
-    def save_file(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def save_file(self, tensors: dict[str, torch.Tensor], path: Path, *rest: Any) -> None:
         if self.is_full():
             path.write_bytes(b"\0" * 100)
             raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
-        self._save(tensors, path)
+        self._save(tensors, path, *rest)
 
 
 class HalfWriter:

@@ -14,17 +14,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["__main__"],
     ["public", "cli"],
-    ["console", "start", "replay", "lightning", "ladder"],
+    ["console", "start", "replay", "lightning", "ladder", "launch"],
     ["config"],
     ["sequential", "predict"],
     ["session"],
     ["parts", "rescue"],
     ["instruments", "trackers", "train", "scoreboard"],
-    ["data", "models", "losses", "guard", "evaluate", "distributed", "report"],
+    ["distributed"],
+    ["data", "models", "losses", "guard", "evaluate", "report"],
     ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
     ["checkpoints", "journal"],
-    ["files", "stopping", "native", "precision", "terminal", "ranks"],
+    ["shards"],
+    ["files", "stopping", "native", "precision", "terminal"],
+    ["ranks"],
     ["errors", "settings"],
 ]
 RANK = {room: depth for depth, row in enumerate(LAYERS) for room in row}

@@ -4,41 +4,81 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
-def make_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+class Worker:
+    """A thread that does one job after another beside the training steps, and gives way to them.
+
+    It is made by the thread of the steps, of whose number of torch's threads it must know.
+
+    >>> worker = Worker()
+    >>> worker.begin(lambda: "done")(), worker.close()
+    ('done', None)
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
+        self._thread = _start(self._pool)
+        self._last: Future[Any] | None = None
+
+    def begin(self, job: Callable[[], T]) -> Callable[[], T]:
+        """Begin a job once those before it are done, and return what waits for its result."""
+        self._last = self._pool.submit(job)
+        return self._last.result
+
+    def submit(self, job: Callable[..., T], *given: Any) -> "Future[T]":
+        """Begin a job, and return its result to come."""
+        return self._pool.submit(job, *given)
+
+    def settle(self) -> None:
+        """Wait until the job that was begun last is done, and drop what it made, be it an error."""
+        if self._last is not None:
+            wait([self._last])
+            self._last = None
+
+    def close(self) -> None:
+        """End the thread after the job that it is at; those that wait are dropped."""
+        self._last = None
+        # Dropped in a cycle, this may be collected by any thread, this one too, which cannot wait for itself.
+        self._pool.shutdown(wait=threading.get_ident() != self._thread, cancel_futures=True)
+
+
+def make_ahead(items: Iterator[T], count: int, worker: Worker | None = None) -> Iterator[T]:
     """Yield `items`, up to `count` of them being made by another thread while the caller works; 0 is no thread.
 
     An error comes where its item would have come. The thread ends when there is no item left, or when this iterator is
     closed or dropped, after the item that it is at.
 
+    Args:
+        items: What is made.
+        count: How many.
+        worker: The thread, which this ends; without one it is started with the first item.
+
     >>> list(make_ahead(iter("abc"), 2))
     ['a', 'b', 'c']
     """
-    return _make_ahead(items, count) if count else items
+    return _make_ahead(items, count, worker) if count else items
 
 
-def _make_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def _make_ahead(items: Iterator[T], count: int, worker: Worker | None) -> Iterator[T]:
     end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
-    maker = _start(pool)
-    waiting: deque[Future[T | object]] = deque([pool.submit(next, items, end)])
+    worker = worker or Worker()
+    waiting: deque[Future[T | object]] = deque([worker.submit(next, items, end)])
     try:
         while (item := waiting.popleft().result()) is not end:
             for _ in range(min(2, count - len(waiting))):  # a few items are not asked for a thousand
-                waiting.append(pool.submit(next, items, end))
+                waiting.append(worker.submit(next, items, end))
             yield item  # type: ignore[misc]  # it is not the end
             del item  # one item less in memory while the next is waited for
     finally:
-        # Dropped in a cycle, this may be collected by any thread, the maker too, which cannot wait for itself.
-        pool.shutdown(wait=threading.get_ident() != maker, cancel_futures=True)
+        worker.close()
 
 
 def _start(pool: ThreadPoolExecutor) -> int:

@@ -23,6 +23,7 @@ from .reader import ReaderConfig as ReaderConfig
 from .source import FileNote as FileNote
 from .source import Piece as Piece
 from .source import Source as Source
+from .source import Unit
 
 PIECE_ROWS = 65_536
 # A column's chunk of a large file is read through a buffer: Arrow would else hold a whole row group. Not so that of a
@@ -121,6 +122,16 @@ class ParquetLog:
             before += part.rows
             if before >= self.rows:
                 return
+
+    def units(self) -> list[Unit]:
+        """Return the row groups of all files, as far as the log goes."""
+        found, first = list[Unit](), 0
+        for part in self._parts:
+            rows = min(part.rows, self.rows - first)
+            if rows > 0:
+                found.append(Unit(first, rows))
+            first += rows
+        return found
 
     def refresh(self) -> list[FileNote]:
         """Look again under the path and take what is new: after all known files, in time order among themselves.

@@ -1,20 +1,26 @@
 """Rows to Batches: in time order, window by window, shuffled inside a window, with a cursor to resume from."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from ..errors import DataError
+from ..ranks import ALONE, Ranks
 from ..schema import Batch, Schema
 from ..settings import Settings
-from .ahead import make_ahead
-from .columns import TRUTH, US_PER_DAY, Encoder, Missing, Place
-from .source import FileNote, Piece, Source
+from .ahead import Worker, make_ahead
+from .columns import TRUTH, US_PER_DAY, Encoder, Ints, Missing, Place
+from .deal import Dealer, Key, Open, Part, Slice, check_enough, check_same_log
+from .source import FileNote, Source
+
+T = TypeVar("T")
 
 US_PER_HOUR = US_PER_DAY // 24
 _MIN_ROWS_FOR_SHARE = 1_000  # below so many rows a share of missing values says little
@@ -73,10 +79,14 @@ class Cursor:
 
 
 class _Window(NamedTuple):
-    """The rows of a window in time order."""
+    """The rows of a window."""
 
-    rows: Batch
+    parts: list[Part]
+    """As they lie in the log."""
+    order: torch.Tensor
+    """In which they are learned."""
     start: Cursor
+    last_time: int
     missing: Missing
     ends_file: bool
 
@@ -93,6 +103,39 @@ class _Cut(NamedTuple):
     """In its window."""
 
 
+class _Hand(NamedTuple):
+    """A window that was dealt: what it was, and this rank's shares of its batches from the cursor on."""
+
+    window: _Window
+    batches: list[Batch]
+
+
+class _Cutter:
+    """Finds where windows end, piece by piece."""
+
+    def __init__(self, config: ReaderConfig, cursor: Cursor) -> None:
+        self._config, self._begun = config, cursor.rows + cursor.window_rows
+        self._latest: int | None = None  # hour
+
+    def __call__(self, place: Place, row: int, rows: int, times: Ints | None) -> list[Slice]:
+        """Cut the piece that begins at a row; `times` are its own where windows are hours."""
+        if not rows:
+            return []
+        if times is not None:
+            hours = times // _span(self._config)
+            # A row from an earlier hour stays in the window that has begun; `_in_time_order` judges it.
+            latest = hours[0] if self._latest is None else self._latest
+            keys = np.maximum.accumulate(np.maximum(hours, latest))
+            self._latest = int(keys[-1])
+        else:
+            first = place.first_row if self._config.window_per_file else row
+            keys = np.arange(first, first + rows) // self._config.window_rows
+        keys[: max(self._begun - row, 0)] = _BEGUN
+        file = place.file if self._config.window_per_file else ""
+        starts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), rows]
+        return [Slice((file, int(keys[low])), low, high) for low, high in itertools.pairwise(starts)]
+
+
 class Reader:
     """Cuts a source into windows in time order, and windows into batches.
 
@@ -102,28 +145,47 @@ class Reader:
         config: Windows and batches.
         seed: Seed of the shuffle; the same seed gives the same batches.
         pin_memory: Put batches into page-locked memory, from which they go to a GPU while it computes.
+        ranks: The processes that share every batch, with a process group that nobody else uses: their reader's thread
+            talks over it. Each rank gets its slice, and `Batch.share` says of what; all else is as in one process.
 
     Raises:
-        DataError: A column of the schema is not in the log (with the nearest name).
+        ConfigError: Batches, or the log, have fewer rows than there are ranks.
+        DataError: A column of the schema is not in the log (with the nearest name), or ranks see different logs.
     """
 
     def __init__(
-        self, source: Source, schema: Schema, config: ReaderConfig, seed: int = 0, *, pin_memory: bool = False
+        self,
+        source: Source,
+        schema: Schema,
+        config: ReaderConfig,
+        seed: int = 0,
+        *,
+        pin_memory: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         truth = all(TRUTH + task in source.columns for task in schema.tasks)
         self.source, self.schema, self.config, self.seed = source, schema, config, seed
-        self.pin_memory = pin_memory
+        self.pin_memory, self.ranks = pin_memory, ranks
         self.encoder = Encoder(schema, truth=truth)
         self.missing = Missing()
         self.left = 0  # batches of the window after the one that was yielded last
         self.file_ends = False  # that one is the last of its file, where windows end with their file
         self._windows_counted, self._rows_read = 0, 0
-        source.check(self.encoder.columns)
+        self._worker: Worker | None = None  # does what needs all ranks
+        ranks.together(lambda: source.check(self.encoder.columns))
+        if ranks.size > 1:
+            check_same_log(ranks, source.units())
+            check_enough(ranks, config.batch_size, source.rows)
 
     @property
     def rows(self) -> int:
         """Rows of the log."""
         return self.source.rows
+
+    @property
+    def idle_ranks(self) -> int:
+        """Ranks that decode nothing, since the log has fewer row groups (or blocks) than there are ranks."""
+        return max(self.ranks.size - len(self.source.units()), 0) if self.ranks.size > 1 else 0
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[tuple[Batch, Cursor]]:
         """Yield each batch with the cursor that resumes after it.
@@ -137,31 +199,90 @@ class Reader:
         cursor = cursor or Cursor()
         if cursor.window_time is not None:
             cursor = _after(cursor)
+        if self.ranks.size > 1:
+            cuts = self._deal(cursor)
+        else:
+            cuts = make_ahead(self._cut(cursor), -(-self.config.read_ahead // self.config.batch_size))
         # What the reader knows follows the batches that were given, not those that were read: checkpoints hold it.
-        for cut in make_ahead(self._cut(cursor), -(-self.config.read_ahead // self.config.batch_size)):
+        for cut in cuts:
             self.left, self.file_ends = cut.left, cut.ends_file and not cut.left
             self._rows_read = max(self._rows_read, cut.cursor.rows + cut.cursor.window_rows)
             if not cut.left:
                 self._count(cut.cursor.window, cut.missing)
             yield cut.batch, cut.cursor
 
+    def close(self) -> None:
+        """Wait for what was begun with the other ranks: before their process group goes."""
+        if self._worker is not None:
+            self._worker.settle()
+            self._worker.close()
+            self._worker = None
+
     def _cut(self, cursor: Cursor) -> Iterator[_Cut]:
         """Yield the batches from `cursor` on: of the first window those that it does not count."""
         skip = cursor.batches
-        for rows, start, missing, ends_file in self._windows(cursor):
-            order = torch.arange(len(rows))
-            if self.config.shuffle:
-                order = torch.randperm(len(rows), generator=_generator(self.seed, start.window))
-            pieces = order.split(self.config.batch_size)
+        for window in self._windows(cursor, self._slices(cursor)):
+            rows = Batch.cat([part.rows for part in window.parts if part.rows is not None])
+            window.parts.clear()
+            pieces = window.order.split(self.config.batch_size)
             for i in range(skip, len(pieces)):
-                left = len(pieces) - i - 1
-                end = None if left else int(rows.time[-1])
-                batch = rows.take(pieces[i])
-                if self.pin_memory:
-                    batch = batch._map(_pin)
-                yield _Cut(batch, replace(start, batches=i + 1, window_time=end), left, ends_file, missing)
+                yield self._give(window, rows.take(pieces[i]), i + 1, len(pieces) - i - 1)
             skip = 0
-            del rows  # before the next window is read
+            del rows, window, pieces  # before the next window is read
+
+    def _deal(self, cursor: Cursor) -> Iterator[_Cut]:
+        """Yield this rank's shares of the batches from `cursor` on; `deal.py` says what is begun when, and why."""
+        dealer = Dealer(
+            self.ranks,
+            self.source,
+            self.encoder,
+            cursor.rows,
+            partial(_Cutter, self.config, cursor),
+            by_time=_span(self.config) > 0,
+            read_ahead=self.config.read_ahead,
+        )
+        windows = self._windows(cursor, dealer.slices())
+
+        def deal_next(skip: int) -> _Hand | None:
+            window = next(windows, None)
+            if window is None:
+                return None
+            batches = window.order.split(self.config.batch_size)[skip:]
+            dealt = dealer.hand_out(window.parts, window.start.rows, batches)
+            window.parts.clear()
+            return _Hand(window, dealt)
+
+        consumer, skip = threading.get_ident(), cursor.batches
+        coming = self._begin(partial(deal_next, skip))
+        try:
+            while (hand := coming()) is not None:
+                coming = self._begin(partial(deal_next, 0))
+                hand.batches.reverse()
+                while hand.batches:
+                    skip += 1
+                    yield self._give(hand.window, hand.batches.pop(), skip, len(hand.batches))
+                skip = 0
+                del hand
+        finally:
+            # Dropped in a cycle, this may be collected by any thread, also by one that the job waits for.
+            if self._worker is not None and threading.get_ident() == consumer:
+                self._worker.settle()
+
+    def _begin(self, job: Callable[[], T]) -> Callable[[], T]:
+        """Begin a job that needs all ranks, and return what waits for it; without reading ahead it begins then."""
+        if not self.config.read_ahead:
+            return job
+        if self._worker is None:
+            self._worker = Worker()
+        return self._worker.begin(job)
+
+    def _give(self, window: _Window, batch: Batch, number: int, left: int) -> _Cut:
+        """Return batch `number` of a window, counted from 1, after which `left` more come."""
+        end = None if left else window.last_time
+        if self.pin_memory:
+            batch = batch._map(_pin)
+        cursor = replace(window.start, batches=number, window_time=end)
+        return _Cut(batch, cursor, left, window.ends_file, window.missing)
 
     def in_order(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Batch]:
         """Yield the log as it lies in its files, a piece at a time, to score; `progress` gets rows done, and all."""
@@ -216,76 +337,74 @@ class Reader:
             self.missing.add(missing)
             self._windows_counted = window + 1
 
-    def _windows(self, cursor: Cursor) -> Iterator[_Window]:
-        """Yield the windows from the one that begins at `cursor` on."""
-        held: list[tuple[Batch, Place]] = []
-        missing, current = Missing(), ("", 0)
-        for key, piece in self._slices(cursor):
-            if held and key != current:
-                window = self._close(held, missing, cursor, ends_file=key[0] != current[0])
-                held, missing = [], Missing()
-                cursor = _after(replace(window.start, window_time=int(window.rows.time[-1])))
-                yield window
-                del window
-            first = cursor.rows + sum(len(batch) for batch, _ in held)
-            batch, counted = self.encoder.encode(piece.table, piece.place, first)
-            held.append((batch, piece.place))
-            missing.add(counted)
-            current = key
-        if held:
-            yield self._close(held, missing, cursor, ends_file=self.config.window_per_file)
+    def _slices(self, cursor: Cursor) -> Iterator[tuple[Key, Open]]:
+        """Yield the pieces from the cursor on, cut where a window ends, each with its window."""
 
-    def _close(self, held: list[tuple[Batch, Place]], missing: Missing, cursor: Cursor, ends_file: bool) -> _Window:
-        self._check_missing(missing, held)
-        rows = self._ordered(held, cursor)
-        return _Window(rows, replace(cursor, window_rows=len(rows)), missing, ends_file)
+        def encode() -> Part:
+            low, high = piece.low, piece.high
+            batch, counted = self.encoder.encode(table.slice(low, high - low), place.after(low), row + low)
+            return Part(batch.time, place.after(low), counted, batch)
 
-    def _slices(self, cursor: Cursor) -> Iterator[tuple[tuple[str, int], Piece]]:
-        """Yield the pieces from the cursor on, cut where a window ends, each with its window: file, and number."""
-        span = int((self.config.window_hours or 0) * US_PER_HOUR)
-        row, begun, latest = cursor.rows, cursor.rows + cursor.window_rows, None
+        row, cut = cursor.rows, _Cutter(self.config, cursor)
         for table, place in self.source.pieces(row, self.encoder.columns):
-            if span:
-                hours = self.encoder.times(table, place) // span
-                latest = hours[0] if latest is None else latest
-                # A row from an earlier hour stays in the window that has begun; `_ordered` judges it.
-                keys = np.maximum.accumulate(np.maximum(hours, latest))
-                latest = keys[-1]
-            else:
-                first = place.first_row if self.config.window_per_file else row
-                keys = np.arange(first, first + len(table)) // self.config.window_rows
-            keys[: max(begun - row, 0)] = _BEGUN
-            if not len(table):
-                continue
-            starts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), len(table)]
-            for low, high in itertools.pairwise(starts):
-                key = (place.file if self.config.window_per_file else "", int(keys[low]))
-                yield key, Piece(table.slice(low, high - low), place.after(low))
+            times = self.encoder.times(table, place) if _span(self.config) else None
+            for piece in cut(place, row, len(table), times):
+                yield piece.key, encode
             row += len(table)
 
-    def _ordered(self, window: list[tuple[Batch, Place]], cursor: Cursor) -> Batch:
-        """Join the pieces of a window in time order, or say which row goes back in time."""
-        batch = Batch.cat([b for b, _ in window])
+    def _windows(self, cursor: Cursor, slices: Iterator[tuple[Key, Open]]) -> Iterator[_Window]:
+        """Yield the windows from the one that begins at `cursor` on."""
+        held: list[Part] = []
+        current = ("", 0)
+        for key, open_slice in slices:
+            if held and key != current:
+                window = self._close(held, cursor, ends_file=key[0] != current[0])
+                held = []
+                cursor = _after(replace(window.start, window_time=window.last_time))
+                yield window
+                del window
+            held.append(open_slice())
+            current = key
+        if held:
+            yield self._close(held, cursor, ends_file=self.config.window_per_file)
+
+    def _close(self, held: list[Part], cursor: Cursor, ends_file: bool) -> _Window:
+        missing = Missing()
+        for part in held:
+            missing.add(part.missing)
+        self._check_missing(missing, held[0].place)
+        time = torch.cat([part.time for part in held])
+        order = self._in_time_order(time, held, cursor)
+        if self.config.shuffle:
+            shuffled = torch.randperm(len(time), generator=_generator(self.seed, cursor.window))
+            order = shuffled if order is None else order[shuffled]
+        elif order is None:
+            order = torch.arange(len(time))
+        start = replace(cursor, window_rows=len(time))
+        return _Window(held, order, start, int(time.max()), missing, ends_file)
+
+    def _in_time_order(self, time: torch.Tensor, window: list[Part], cursor: Cursor) -> torch.Tensor | None:
+        """Return the order of rows by time, None where they are in it, or say which row goes back in time."""
         if cursor.last_time is not None:
-            back = batch.time < cursor.last_time
+            back = time < cursor.last_time
             if bool(back.any()):
                 raise DataError(
                     f"{_place_of(window, int(back.int().argmax()))}: time goes back to "
-                    f"{_show(int(batch.time[back][0]))}, after a window that ended at {_show(cursor.last_time)}; "
+                    f"{_show(int(time[back][0]))}, after a window that ended at {_show(cursor.last_time)}; "
                     "sort the log by its time column, or make the window (reader.window_rows, window_hours) larger"
                 )
-        falls = batch.time.diff() < 0
+        falls = time.diff() < 0
         if not bool(falls.any()):
-            return batch
+            return None
         if self.config.unsorted == "refuse":
             row = int(falls.int().argmax()) + 1
             raise DataError(
-                f"{_place_of(window, row)}: time goes back from {_show(int(batch.time[row - 1]))} to "
-                f"{_show(int(batch.time[row]))}; sort the log, or set reader.unsorted = 'sort'"
+                f"{_place_of(window, row)}: time goes back from {_show(int(time[row - 1]))} to "
+                f"{_show(int(time[row]))}; sort the log, or set reader.unsorted = 'sort'"
             )
-        return batch.take(torch.argsort(batch.time, stable=True))
+        return torch.argsort(time, stable=True)
 
-    def _check_missing(self, missing: Missing, window: list[tuple[Batch, Place]]) -> None:
+    def _check_missing(self, missing: Missing, first: Place) -> None:
         """Refuse a window with too many non-finite values, unless it is a short one amid longer ones."""
         enough = min(_MIN_ROWS_FOR_SHARE, self.config.window_rows)
         if missing.rows < (enough if self.config.window_per_file else min(enough, self.rows)):
@@ -294,9 +413,14 @@ class Reader:
             share = min(1.0, count / missing.rows)  # a list may hold several in one row
             if share > self.config.max_missing_frac:
                 raise DataError(
-                    f"{window[0][1].row(0)} and after, column '{column}': {share:.0%} of {missing.rows:,} values are "
+                    f"{first.row(0)} and after, column '{column}': {share:.0%} of {missing.rows:,} values are "
                     f"NaN or infinite, more than reader.max_missing_frac = {self.config.max_missing_frac}"
                 )
+
+
+def _span(config: ReaderConfig) -> int:
+    """Return the length of a window in microseconds, 0 where it is one of rows."""
+    return int((config.window_hours or 0) * US_PER_HOUR)
 
 
 def _pin(part: torch.Tensor) -> torch.Tensor:
@@ -314,13 +438,13 @@ def _generator(seed: int, window: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
-def _place_of(window: list[tuple[Batch, Place]], row: int) -> str:
-    """Name a row of a window that has not been sorted."""
-    for batch, place in window:
-        if row < len(batch):
-            return place.row(row)
-        row -= len(batch)
-    return window[-1][1].file
+def _place_of(window: list[Part], row: int) -> str:
+    """Name a row of a window."""
+    for part in window:
+        if row < len(part.time):
+            return part.place.row(row)
+        row -= len(part.time)
+    return window[-1].place.file
 
 
 def _show(time_us: int) -> str:

@@ -15,6 +15,13 @@ class Piece(NamedTuple):
     place: Place
 
 
+class Unit(NamedTuple):
+    """Consecutive rows of a log that one process decodes: a row group, or a block of the generated stream."""
+
+    first_row: int
+    rows: int
+
+
 class FileNote(NamedTuple):
     """What became of a file that was found in a log's folder after the log was opened."""
 
@@ -49,6 +56,10 @@ class Source(Protocol):
 
     def pieces(self, start: int, columns: list[str] | None) -> Iterator[Piece]:
         """Yield the rows from row `start` on, with `columns` only (None: all)."""
+        ...
+
+    def units(self) -> list[Unit]:
+        """Return what is decoded at once, in order and without reading it; none is empty, and no piece lies in two."""
         ...
 
     def refresh(self) -> list[FileNote]:

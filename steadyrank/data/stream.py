@@ -40,7 +40,7 @@ from ..errors import ConfigError, DataError, check_known, nearest
 from ..schema import Feature, IdFeature, IdsFeature, NumberFeature, PositionFeature, Schema, Task
 from .columns import TRUTH, Place
 from .incidents import Column, Incident, Strike, bend_heads, find_strikes, shift_angle, spoil_features, take_over
-from .source import FileNote, Piece
+from .source import FileNote, Piece, Unit
 from .world import (
     CATEGORIES,
     GROUPS,
@@ -411,6 +411,11 @@ class Stream:
             piece = table.slice(skip) if columns is None else table.slice(skip).select(columns)
             yield Piece(piece, Place("the generated stream", None, first + skip))
             first += len(table)
+
+    def units(self) -> list[Unit]:
+        """Return the blocks."""
+        size = self.config.block_rows
+        return [Unit(first, min(size, self.rows - first)) for first in range(0, self.rows, size)]
 
     def refresh(self) -> list[FileNote]:
         """Return nothing: the stream does not grow."""

@@ -3,7 +3,8 @@
 Shapes: B rows, F one-valued id features, N looked-up ids, D width of an embedding, X number features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,44 @@ from torch.autograd.function import once_differentiable
 
 from ..native.rows import gather, sparse_gradient
 from ..precision import compute_dtype
+from ..ranks import ALONE
 from ..schema import Batch, NumberFeature, Ragged, Schema
 from .layers import fill_uniform
 
+BLOCK = 1 << 24
+"""Weights that are drawn at a time: whoever holds a part of a matrix draws all of it, and never holds all of it."""
 
-class EmbeddingTables(nn.Module):
+
+class Tables(nn.Module):
+    """The face of embedding tables: a weight matrix for each width, and what is looked up in it.
+
+    Args:
+        schema: Its id and list features say which rows are looked up, `Schema.tables` how many there are.
+    """
+
+    weights: nn.ParameterDict
+    """By `width_D`: all tables of that width, one below the other, or what is held of them here."""
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        id_widths = [schema.slot(name).width for name in schema.id_features]
+        list_widths = [schema.slot(name).width for name in schema.list_features]
+        is_mean = [feature.pooling == "mean" for feature in schema.list_features.values()]
+        self.plans: list[Plan] = []
+        self.widths = list(dict.fromkeys(slot.width for slot in schema.tables.values()))
+        for width in self.widths:
+            columns = [j for j, found in enumerate(id_widths) if found == width]
+            lists = [i for i, found in enumerate(list_widths) if found == width]
+            self.plans.append(Plan(columns, lists, [is_mean[i] for i in lists]))
+        self.weights = nn.ParameterDict()
+        self.width_out = sum(id_widths) + sum(list_widths)
+
+    def table_names(self) -> list[str]:
+        """Return the names of the weight matrices, whose gradients are sparse."""
+        return [name for name, _ in self.named_parameters()]
+
+
+class EmbeddingTables(Tables):
     """All embedding tables of one width in one weight matrix: one lookup, and one sparse gradient.
 
     A lookup is one `embedding_bag` over the ids of all features of the width: a one-valued feature is a bag of one, a
@@ -42,21 +76,13 @@ class EmbeddingTables(nn.Module):
     """
 
     def __init__(self, schema: Schema, std: float, generator: torch.Generator) -> None:
-        super().__init__()
-        id_widths = [schema.slot(name).width for name in schema.id_features]
-        list_widths = [schema.slot(name).width for name in schema.list_features]
-        is_mean = [feature.pooling == "mean" for feature in schema.list_features.values()]
-        self.plans: list[_Plan] = []
-        self.weights = nn.ParameterDict()
-        for width in dict.fromkeys(slot.width for slot in schema.tables.values()):
-            columns = [j for j, found in enumerate(id_widths) if found == width]
-            lists = [i for i, found in enumerate(list_widths) if found == width]
-            self.plans.append(_Plan(columns, lists, [is_mean[i] for i in lists]))
+        super().__init__(schema)
+        for width in self.widths:
             rows = sum(slot.rows for slot in schema.tables.values() if slot.width == width)
-            weight = nn.Parameter(torch.empty(rows, width, device=generator.device))
-            fill_uniform(weight, std, generator)
-            self.weights[f"width_{width}"] = weight
-        self.width_out = sum(id_widths) + sum(list_widths)
+            weight_RD = torch.empty(rows, width, device=generator.device)
+            for start, end in draw_blocks(rows, width):
+                fill_uniform(weight_RD[start:end], std, generator)
+            self.weights[f"width_{width}"] = nn.Parameter(weight_RD)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch width_out"]:
         """Return the embeddings side by side: width by width, one-valued features before lists."""
@@ -65,12 +91,25 @@ class EmbeddingTables(nn.Module):
             blocks += look_up(weight_RD, plan.pick_ids(batch.ids), [batch.lists[i] for i in plan.lists], plan.means)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
-    def table_names(self) -> list[str]:
-        """Return the names of the weight matrices, whose gradients are sparse."""
-        return [name for name, _ in self.named_parameters()]
+
+MakeTables = Callable[[Schema, float, torch.Generator], Tables]
+"""What makes a ranker's tables, from the schema, the standard deviation of the weights and what draws them."""
 
 
-class _Plan(NamedTuple):
+def draw_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end row of each block of a matrix whose weights are drawn together, in their order.
+
+    On a CPU one draw of all gives the same numbers; on a GPU the blocks are part of what a seed means.
+
+    >>> list(draw_blocks(3_000_000, 8))
+    [(0, 2097152), (2097152, 3000000)]
+    """
+    step = max(1, BLOCK // width)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class Plan(NamedTuple):
     """What belongs to one width."""
 
     columns: list[int]
@@ -81,6 +120,7 @@ class _Plan(NamedTuple):
     """For each of these lists, whether it is pooled by the mean."""
 
     def pick_ids(self, ids_BF: Tensor) -> Tensor:
+        """Return the columns of `Batch.ids` that belong to the width."""
         if len(self.columns) == ids_BF.shape[1]:
             return ids_BF
         # Columns one by one: an index made of a Python list would wait for the GPU.
@@ -150,14 +190,22 @@ def _join_bags(
     for ragged, mean in zip(lists, means, strict=True):
         starts.append(ragged.offsets[:-1] + end)
         end += len(ragged.values)
-        if mean:
-            lengths = ragged.offsets.diff()
-            share = lengths.clamp(min=1).to(dtype).reciprocal()
-            shares.append(share.repeat_interleave(lengths, output_size=len(ragged.values)))
-        else:
-            shares.append(torch.ones(len(ragged.values), dtype=dtype, device=ids_BF.device))
+        shares.append(share_of(ragged, mean, dtype))
     ids_N = torch.cat([ids_BF.reshape(-1), *(ragged.values for ragged in lists)])
     return ids_N, torch.cat(starts), torch.cat(shares) if any(means) else None
+
+
+def share_of(ragged: Ragged, mean: bool, dtype: torch.dtype) -> Float[Tensor, " elements"]:
+    """Return the weight of each element in its list: 1, or for the mean 1 / length.
+
+    >>> share_of(Ragged(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 2, 3])), True, torch.float32)
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+    if not mean:
+        return torch.ones(len(ragged.values), dtype=dtype, device=ragged.values.device)
+    lengths = ragged.offsets.diff()
+    share = lengths.clamp(min=1).to(dtype).reciprocal()
+    return share.repeat_interleave(lengths, output_size=len(ragged.values))
 
 
 class Moments(NamedTuple):
@@ -237,6 +285,15 @@ class NumberInputs(nn.Module):
         self.some_log1p = any(f.transform == "log1p" for f in features)
         self.all_standardise = all(f.standardise for f in features)
         self.width_out = 2 * len(features)
+        self.ranks = ALONE
+        """Who trains together, each with its rows of a batch: the statistics are those of all rows."""
+
+    def _of_all_ranks(self, here: Moments) -> Moments:
+        """Return the moments of a whole batch, from those of this rank's rows."""
+        if self.ranks.is_alone:
+            return here
+        each = [Moments(*found.unbind()) for found in self.ranks.gather(torch.stack(here)).unbind()]
+        return reduce(merge_moments, each)
 
     def forward(self, numbers_BX: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch width_out"]:
         """Return the values, then the flags (1 where missing)."""
@@ -246,6 +303,8 @@ class NumberInputs(nn.Module):
             x_BX = torch.where(self.log1p, x_BX.sign() * x_BX.abs().log1p(), x_BX)
         with torch.no_grad():
             batch, before = measure_moments(x_BX, present_BX), Moments(self.n, self.mean, self.m2)
+            if self.training:
+                batch = self._of_all_ranks(batch)
             n, mean, m2 = (torch.where(self.n > 0, old, new) for old, new in zip(before, batch, strict=True))
             std = (m2 / n.clamp(min=1.0)).sqrt()
             std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)

@@ -78,6 +78,8 @@ def check_memory(
     batch_rows: int = 0,
     state_bytes: StateBytes | None = None,
     machine_bytes: int | None = None,
+    processes: int = 1,
+    shards: int = 1,
 ) -> str:
     """Refuse what this machine has no memory for: the system would else stop the process in the midst of it.
 
@@ -90,6 +92,8 @@ def check_memory(
         batch_rows: Rows of a batch, at most those of a window.
         state_bytes: What the tables' optimizer keeps; nothing when None.
         machine_bytes: The memory; the machine's own, or what its container may use, when None.
+        processes: How many like this one share the machine.
+        shards: Over how many processes the tables are spread.
 
     Returns:
         What it takes, for people.
@@ -107,7 +111,8 @@ def check_memory(
     the table 'item': 1,000,000,001 rows x 16 x 4 bytes = 64.0 GB; give it fewer rows or a smaller width
     """
     machine = _machine_bytes() if machine_bytes is None else machine_bytes
-    needs = list(_needs(schema, config, window_rows, batch_rows, state_bytes))
+    machine = None if machine is None else machine // processes
+    needs = list(_needs(schema, config, window_rows, batch_rows, state_bytes, shards))
     total = sum(need.size for need in needs)
     if machine is None or total <= machine:
         parts: dict[str, int] = {}
@@ -116,26 +121,30 @@ def check_memory(
         listed = ", ".join(f"{part} {_show(size)}" for part, size in parts.items() if size)
         return f"memory: at least {_show(total)}{f' of {_show(machine)}' if machine else ''}: {listed}"
     largest = max(needs, key=lambda need: need.size)
+    has = "this machine has" if processes == 1 else f"each of the {processes} processes on this machine has"
     raise ConfigError(
-        f"this run needs at least {_show(total)} of memory, and this machine has {_show(machine)}. Most "
+        f"this run needs at least {_show(total)} of memory, and {has} {_show(machine)}. Most "
         f"takes {largest.what} = {_show(largest.size)}; {largest.advice}"
     )
 
 
 def _needs(
-    schema: Schema, config: ModelConfig, window_rows: int, batch_rows: int, state_bytes: StateBytes | None
+    schema: Schema, config: ModelConfig, window_rows: int, batch_rows: int, state_bytes: StateBytes | None, shards: int
 ) -> Iterator[Need]:
     """Yield what takes memory."""
     tasks = len(schema.tasks)
+    over = f" / {shards} ranks" if shards > 1 else ""
     for name, slot in schema.tables.items():
-        what = f"the table '{name}': {slot.rows:,} rows x {slot.width:,} x {TABLE_BYTES} bytes"
-        yield Need("tables", slot.rows * slot.width * TABLE_BYTES, what, "give it fewer rows or a smaller width")
+        what = f"the table '{name}': {slot.rows:,} rows x {slot.width:,} x {TABLE_BYTES} bytes{over}"
+        yield Need(
+            "tables", slot.rows * slot.width * TABLE_BYTES // shards, what, "give it fewer rows or a smaller width"
+        )
     for width in {slot.width for slot in schema.tables.values()}:
         if state_bytes is None:
             break
         rows, each = sum(slot.rows for slot in schema.tables.values() if slot.width == width), state_bytes(width)
-        what = f"the optimizer of tables of width {width}: {rows:,} rows x {each:g} bytes"
-        yield Need("their optimizer", int(rows * each), what, "choose 'rowwise_adagrad' for optimizer.tables")
+        what = f"the optimizer of tables of width {width}: {rows:,} rows x {each:g} bytes{over}"
+        yield Need("their optimizer", int(rows * each) // shards, what, "choose 'rowwise_adagrad' for optimizer.tables")
     for name, feature in schema.position_features.items():
         size = (feature.rows + 1) * tasks * DENSE_BYTES
         what = f"the position feature '{name}': {feature.rows + 1:,} rows x {tasks} tasks x {DENSE_BYTES} bytes"

@@ -17,7 +17,7 @@ from ..precision import computing_in
 from ..schema import Batch, PositionFeature, Schema
 from ..settings import Settings
 from .cross import CrossConfig, CrossNet
-from .embeddings import EmbeddingTables, NumberInputs
+from .embeddings import EmbeddingTables, MakeTables, NumberInputs
 from .layers import MLP, Activation, ExactLinear, Style, make_linear, module_keys
 from .trunks import SharedBottomConfig, TrunkConfig, build_trunk
 
@@ -138,6 +138,7 @@ class Ranker(nn.Module):
         config: The layers.
         generator: Draws all weights, in a fixed order: one seed makes one model, bit for bit. The model lives on its
             device.
+        tables: Makes the embedding tables, which draw their weights first.
 
     Raises:
         ConfigError: The schema has position features only, or `position.tasks` names an unknown task.
@@ -149,11 +150,13 @@ class Ranker(nn.Module):
     ModelSummary(dense=660, embedding=816, input_width=18, parts={'tables': 816, 'trunk': 376, ...})
     """
 
-    def __init__(self, schema: Schema, config: ModelConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self, schema: Schema, config: ModelConfig, generator: torch.Generator, tables: MakeTables = EmbeddingTables
+    ) -> None:
         super().__init__()
         names = list(schema.tasks)
         style = Style(config.activation, config.layer_norm)
-        self.tables = EmbeddingTables(schema, config.embedding_std, generator)
+        self.tables = tables(schema, config.embedding_std, generator)
         self.numbers = NumberInputs(list(schema.number_features.values()), generator.device)
         self.input_width = self.tables.width_out + self.numbers.width_out
         if self.input_width == 0:

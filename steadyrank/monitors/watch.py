@@ -207,6 +207,10 @@ class Watch:
         if logits is not None and (logits.dim() != 2 or logits.shape[1] != count):
             raise ConfigError(f"Watch: expected logits [rows, {count}], found a tensor of shape {list(logits.shape)}")
 
+    def whole(self, losses_K: Float[Tensor, " tasks"], logits_K: Float[Tensor, " tasks"]) -> None:
+        """Give losses and largest |logits| of a whole batch of which `losses` were those of this rank's part."""
+        self._open = [losses_K.detach().float(), logits_K.detach().float()]
+
     def gradients(self, largest: Float[Tensor, " with_gradient"]) -> None:
         """Give the largest |g| of each parameter that has a gradient, where the loop knows it already."""
         for part in self._parts:
@@ -225,8 +229,8 @@ class Watch:
             losses: Gives the K weighted losses on a held batch, or on one to come, in eval mode.
             area: "headroom", or "headroom_next" for data to come.
         """
-        rates = [group["lr"] for part in self._parts for group in part.optimizer.param_groups]
-        found = measure_headroom(losses, find_updates(self._moved), lr=rates[0])
+        rate = self._parts[0].optimizer.param_groups[0]["lr"]
+        found = measure_headroom(losses, find_updates(self._moved), lr=rate)
         values = torch.cat([found.total[None], found.tasks])
         readings = [Reading(area, ["total", *self.tasks], values)]
         if area == "headroom":
@@ -270,8 +274,7 @@ class Watch:
             held.append(("steps", self.step, [Reading("clip_factor", list(factors), values)]))
         readings = [reading for *_, found in held for reading in found]
         signals, *arrays = to_host([torch.stack(self._signals), *(reading.values for reading in readings)])
-        first = self.step - len(self._signals) + 1
-        self._signals = []
+        first, self._signals = self.step - len(self._signals) + 1, []
         tops = self._take_signals(first, signals)
         rows = join_rows(held, arrays)
         if self._flush_every:  # our own trainer has more to put into this row
@@ -433,8 +436,7 @@ class Watch:
 
     def _take_signals(self, first: int, signals_TS: np.ndarray) -> dict[str, float]:
         """Judge the signals of the steps since the last flush; return the largest of each."""
-        k = len(self.tasks)
-        losses_TK, logits_TK, gradients_TP = np.split(signals_TS, [k, 2 * k], axis=1)
+        losses_TK, logits_TK, gradients_TP = np.split(signals_TS, np.multiply(len(self.tasks), [1, 2]), axis=1)
         self._recent = np.vstack([self._recent, signals_TS])[-_REMEMBERED:]
         # A loss of exactly 0 is that of a batch without a label.
         self._note(self.verdicts.add_losses(first, losses_TK, losses_TK != 0))

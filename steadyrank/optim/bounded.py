@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import native
 from ..errors import ConfigError, check_known
+from ..ranks import Ranks
 from . import fused, kernels
 from .guarded import BAD_STEPS, CHUNK, GuardedOptimizer, Touched, check_not_negative, parameter_label, wide_dtype
 
@@ -40,6 +41,10 @@ class BoundedOptimizer(GuardedOptimizer):
     The maximum is taken over what shares a factor (`granularity`). With `quantile` q > 0 the ratio that only the share
     q of the coordinates exceeds takes the place of the maximum, and those coordinates stop at their own bound. s is 1,
     or after `calibration_steps` what the calibration found.
+
+    A parameter that is one rank's part of a table has the attributes `sharded_over`, the `Ranks` that hold all of it,
+    and `sharded_rows` (ends of its pieces, and what makes a row here one of the whole table). What holds for a tensor
+    then holds for all parts together: the verdict, the factor, the calibration, the telemetry.
 
     A subclass says what the base does: `_before` (states that change before the step), `_deltas` and `_after` (states
     that change after it), each for a list of tensors.
@@ -109,9 +114,14 @@ class BoundedOptimizer(GuardedOptimizer):
         if group["fused"] is not False and not torch.compiler.is_compiling():
             rest = self._step_fused(touched, group)
         # In the order of the parameters, not of a set: with shards, all processes have to go through them alike.
-        for kind in dict.fromkeys((each.weight.device, each.weight.dtype) for each in rest):
-            alike = [each for each in rest if (each.weight.device, each.weight.dtype) == kind]
-            if group["fused"] and kind[0].type != "cpu" and not torch.compiler.is_compiling():
+        for kind in dict.fromkeys(_kind_of(each) for each in rest):
+            alike = [each for each in rest if _kind_of(each) == kind]
+            device, _, shards = kind
+            if shards is not None:  # not by their size, which differs from rank to rank
+                self._check_shards(alike, group)
+                self._step_lists(alike, group)
+                continue
+            if group["fused"] and device.type != "cpu" and not torch.compiler.is_compiling():
                 fused.compiled(type(self)._step_lists)(self, alike, group)
                 continue
             for bunch in _bunches(alike, group["foreach"]):
@@ -123,7 +133,8 @@ class BoundedOptimizer(GuardedOptimizer):
         taken: list[Touched] = []
         rest: list[Touched] = []
         for each in touched:
-            (taken if fused.takes(each, self.row_states) else rest).append(each)
+            whole = getattr(each.param, "sharded_over", None) is None  # the kernel knows of no other rank
+            (taken if whole and fused.takes(each, self.row_states) else rest).append(each)
         if must:
             self._check_fused(rest, group)
         if not taken or not self._plain(group) or not native.available(must) or not math.isfinite(float(group["lr"])):
@@ -140,12 +151,22 @@ class BoundedOptimizer(GuardedOptimizer):
             index = next(i for i, p in enumerate(group["params"]) if p is odd.param)
             raise ConfigError(
                 f"{parameter_label(group, index)} cannot be stepped by the fused kernel: on the CPU it takes "
-                "contiguous float32 tensors; leave fused None, and what fits is taken"
+                "contiguous float32 tensors that no other rank has a part of; leave fused None, and what fits is taken"
             )
         if not self._plain(group) and not rest:
             raise ConfigError(
                 "fused: on the CPU it takes neither granularity, quantile, calibration nor a fading accumulator; "
                 "leave it None"
+            )
+
+    def _check_shards(self, touched: list[Touched], group: dict[str, Any]) -> None:
+        """Raise ConfigError where what one factor rests on would have to be gathered from all ranks."""
+        if group["quantile"] and not has_rows(touched[0].weight, group["granularity"]):
+            index = next(i for i, p in enumerate(group["params"]) if p is touched[0].param)
+            raise ConfigError(
+                f"{parameter_label(group, index)} is cut over ranks: quantile {group['quantile']} of all of it would "
+                "need the ratios of all ranks in one place; set quantile to 0, or granularity to 'row', whose quantile "
+                "is within a row"
             )
 
     def _plain(self, group: dict[str, Any]) -> bool:
@@ -183,7 +204,7 @@ class BoundedOptimizer(GuardedOptimizer):
         else:
             lr = torch.full((), lr, dtype=dtype, device=device)
         limit = kernels.gradient_limit(dtype, lr, self._floor(group))
-        usable_P = kernels.are_usable([each.grad for each in touched], limit, lr)
+        usable_P = kernels.are_usable([each.grad for each in touched], limit, lr, _shards(touched))
         lr = kernels.keep_where(torch.isfinite(lr), lr)
         usable = list(usable_P.unbind())
         if self._in_chunks(touched, group):
@@ -266,12 +287,14 @@ class BoundedOptimizer(GuardedOptimizer):
     ) -> list[Tensor]:
         """Return each tensor's factors, in shapes that broadcast over it, and note them in the states."""
         if self._plain(group):
-            most_P = kernels.largest(ratios)
+            most_P = kernels.over_shards(kernels.largest(ratios), _shards(touched))
             factors = list(kernels.factor_of(most_P).unbind())
         else:
             worst = [self._worst(ratio, group) for ratio in ratios]
-            most_P = kernels.largest(worst)
-            factors = [kernels.factor_of(w) for w in worst]
+            most_P = kernels.over_shards(kernels.largest(worst), _shards(touched))
+            by_row = [has_rows(ratio, group["granularity"]) for ratio in ratios]
+            shared = zip(by_row, worst, most_P.unbind(), strict=True)
+            factors = [kernels.factor_of(w if rows else most) for rows, w, most in shared]
         usable_P = torch.stack(usable)
         least = torch.where(usable_P, kernels.factor_of(most_P), 0.0).unbind()
         torch._foreach_copy_([each.state[CLIP_FACTOR] for each in touched], list(least))
@@ -282,6 +305,7 @@ class BoundedOptimizer(GuardedOptimizer):
             if BINDING in each.state:
                 self._note_binding(each, ratio)
                 self._name_binding(each)
+                self._share_binding(each, ratio)
         return factors
 
     def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
@@ -334,6 +358,21 @@ class BoundedOptimizer(GuardedOptimizer):
         row = each.rows.index_select(0, (place // width).reshape(1)).reshape(())
         binding.copy_(torch.where(binding < 0, binding, row * width + place % width))
 
+    def _share_binding(self, each: Touched, ratio: Tensor) -> None:
+        """Of a table cut over ranks: take the coordinate of the rank that has the worst, and the share over all."""
+        [ranks] = _shards([each])
+        if ranks is None or ranks.is_alone:
+            return
+        binding, share, width = each.state[BINDING], each.state[BIND_FRAC], max(1, each.weight.shape[1:].numel())
+        ends, shifts = each.param.sharded_rows  # type: ignore[attr-defined]  # beside `sharded_over`
+        piece = torch.searchsorted(ends, binding.clamp(min=0) // width, right=True).clamp(max=len(ends) - 1)
+        shift = shifts.index_select(0, piece.reshape(1)).reshape(())  # indexing would wait for the GPU
+        place = torch.where(binding < 0, binding, binding + shift * width)
+        count = torch.full_like(share, ratio.numel())
+        worst, counts, above = ranks.gather(torch.stack([kernels.largest([ratio])[0], count, share * count])).unbind(1)
+        binding.copy_(ranks.gather(place).index_select(0, worst.argmax().reshape(1)).reshape(()))
+        share.copy_(above.sum() / counts.sum().clamp(min=1))
+
     def _apply(
         self,
         touched: list[Touched],
@@ -358,6 +397,14 @@ def has_rows(x: Tensor, granularity: str) -> bool:
 def worst_of(ratio: Tensor, granularity: str) -> Tensor:
     """Return the largest ratio of what shares a factor: 0-d, or one for each row in a shape that broadcasts."""
     return kernels.worst_by_row(ratio) if has_rows(ratio, granularity) else kernels.largest([ratio])[0]
+
+
+def _kind_of(each: Touched) -> tuple[torch.device, torch.dtype, Ranks | None]:
+    return each.weight.device, each.weight.dtype, *_shards([each])
+
+
+def _shards(touched: list[Touched]) -> list[Ranks | None]:
+    return kernels.shards_of([each.param for each in touched])
 
 
 def _weights(touched: list[Touched]) -> list[Tensor]:

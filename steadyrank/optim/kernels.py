@@ -5,18 +5,22 @@ delta the step that would be taken unbounded, sigma clip factor; P tensors.
 
 What is done alike for many tensors takes lists of them, so that on a GPU one launch serves a whole model (torch's
 `_foreach_` functions, which its own optimizers are made of). All of it also takes DTensors: what is reduced over a
-tensor is reduced over its shards.
+tensor is reduced over its shards. A plain tensor that is one rank's part of a table (its parameter is `sharded_over`
+ranks) has its numbers reduced by `over_shards`.
 
 What comes out of bad numbers is decided once, by `is_usable` or `are_usable`: a gradient that fails is replaced by
 zeros (`keep_where`) before anything is computed from it. The other kernels then only see finite numbers.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from ..ranks import Ranks
 
 Tensors = list[Tensor]
 
@@ -99,6 +103,36 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
     return found
 
 
+def shards_of(params: Sequence[Tensor]) -> list[Ranks | None]:
+    """Return of each parameter the ranks that each hold some of its rows; None where it is whole."""
+    return [getattr(param, "sharded_over", None) for param in params]
+
+
+def over_shards(
+    found: Float[Tensor, "tensors *shape"],
+    shards: Sequence[Ranks | None],
+    reduce: Callable[[Tensor], Tensor] = lambda each: each.amax(0),
+) -> Float[Tensor, "tensors *shape"]:
+    """Reduce what each rank found of its part of some tensors; one collective for all of them.
+
+    Args:
+        found: Of each tensor.
+        shards: Of each tensor, the ranks that hold parts of it; None where it is whole.
+        reduce: From what all ranks found, one below the other, to what holds for all of them; the largest by default.
+
+    >>> over_shards(torch.tensor([3.0, 1.0]), [None, None])
+    tensor([3., 1.])
+    """
+    for ranks in dict.fromkeys(each for each in shards if each is not None):
+        if ranks.is_alone:
+            continue
+        mine = [i for i, each in enumerate(shards) if each == ranks]
+        here = found if len(mine) == len(shards) else torch.stack([found[i] for i in mine])
+        places = dict(zip(mine, reduce(ranks.gather(here)).unbind(), strict=True))
+        found = torch.stack([places.get(i, x) for i, x in enumerate(found.unbind())])
+    return found
+
+
 def local(x: Tensor) -> Tensor:
     """Return the part of a DTensor that lies here; of a plain tensor, itself."""
     return cast(Tensor, x.to_local()) if hasattr(x, "to_local") else x
@@ -128,13 +162,17 @@ def gradient_limit(dtype: torch.dtype, lr: float | Tensor, floor: float) -> floa
     return min(square, step / lr) if lr > 0 else square
 
 
-def are_usable(grads: Tensors, limit: float | Tensor, lr: float | Float[Tensor, ""]) -> Bool[Tensor, " tensors"]:
+def are_usable(
+    grads: Tensors, limit: float | Tensor, lr: float | Float[Tensor, ""], shards: Sequence[Ranks | None] = ()
+) -> Bool[Tensor, " tensors"]:
     """Say of each gradient whether it can be taken in: no coordinate above the limit, none NaN, a finite rate.
+
+    Where a tensor is cut over ranks (`shards`), the same is said on each of them.
 
     >>> are_usable([torch.tensor([1.0]), torch.tensor([torch.nan, 1.0]), torch.tensor([1e20])], 1e16, 0.1)
     tensor([ True, False, False])
     """
-    sizes = largest(grads)
+    sizes = over_shards(largest(grads), shards)
     return (sizes <= limit) & torch.isfinite(torch.as_tensor(lr, device=sizes.device))
 
 

@@ -150,10 +150,12 @@ class ClipUpdates(WrappedOptimizer):
         else:
             found = [[_measure([piece], group)[0] for piece in each] for each in pieces]
         for (each, usable), pair, parts, measured in zip(bunch, pairs, pieces, found, strict=True):
-            finite = torch.isfinite(kernels.largest([torch.stack([size for size, _ in measured])])[0])
-            ok = finite if usable is None else usable & finite
             worsts = [worst for _, worst in measured]
-            most = kernels.largest(worsts).amax()
+            size = kernels.largest([torch.stack([size for size, _ in measured])])[0]
+            here = torch.stack([size, kernels.largest(worsts).amax()])
+            size, most = kernels.over_shards(here[None], kernels.shards_of([each.param]))[0].unbind()
+            finite = torch.isfinite(size)
+            ok = finite if usable is None else usable & finite
             for (old, new), worst in zip(parts, worsts, strict=True):
                 factor = kernels.factor_of(worst if worst.dim() else most)
                 # Where the factor is 1, lerp gives the second exactly (but for the sign of a zero).
@@ -165,6 +167,10 @@ class ClipUpdates(WrappedOptimizer):
             state[CLIP_FACTOR].copy_(kernels.keep_where(ok, kernels.factor_of(most)))
             if BAD_STEPS in state:
                 state[BAD_STEPS].add_(~ok)
+
+
+def _least(found: Tensor) -> Tensor:
+    return found.amin(0)
 
 
 def _measure(pieces: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -290,7 +296,8 @@ class ClipGradients(WrappedOptimizer):
                 self._write_state(each, clipped.states[i], judged[i])
             goes = judged[i] if clipped.goes is None else judged[i] & clipped.goes.to(judged[i].device)
             self._write_grad(each, kernels.keep_where(goes, clipped.values[i]))
-            self.state[each.param][GRAD_FACTOR].copy_(kernels.keep_where(goes, clipped.factors[i]))
+            factor = kernels.over_shards(clipped.factors[i][None], kernels.shards_of([each.param]), _least)[0]
+            self.state[each.param][GRAD_FACTOR].copy_(kernels.keep_where(goes, factor))
             self.state[each.param][GRAD_BAD_STEPS].add_(~usable[i])
             taken.append(goes)
         return taken

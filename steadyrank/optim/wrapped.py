@@ -359,6 +359,8 @@ def usable_norms(held: list[Held]) -> tuple[list[Float[Tensor, ""]], list[Bool[T
     for each in held:
         dtype = wide_dtype(each.grad.dtype)
         norm = kernels.whole(torch.linalg.vector_norm(each.grad, dtype=dtype))
+        shards = kernels.shards_of([each.param])
+        norm = kernels.over_shards(norm[None], shards, lambda found: torch.linalg.vector_norm(found, dim=0))[0]
         norms.append(norm)
         usable.append(norm <= math.sqrt(torch.finfo(dtype).max) * 2.0**-10)
     return norms, usable

@@ -1,0 +1,37 @@
+"""At the start: are all ranks of one kind?"""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoints import version_of
+from ..errors import ConfigError
+from ..ranks import Ranks
+from ..settings import flatten
+
+_PACKAGES = ("steadyrank", "torch", "numpy", "pyarrow", "torchrec")
+
+
+def check_alike(settings: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise ConfigError, on all ranks, unless all were started with the same settings and versions.
+
+    Args:
+        settings: The whole configuration, nested.
+        ranks: Who trains together.
+
+    Raises:
+        ConfigError: Naming the first rank that differs from rank 0, and both values.
+    """
+    here = {"the version of Python": platform.python_version()}
+    here |= {f"the version of {name}": version_of(name) for name in _PACKAGES}
+    here |= flatten(settings)
+    first, *others = ranks.gather_objects(here)
+    for rank, other in enumerate(others, 1):
+        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if differ:
+            shown = [f"{name} = {other.get(name)!r}, not {first.get(name)!r}" for name in differ[:3]]
+            more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise ConfigError(
+                f"rank {rank} was started unlike rank 0: {'; '.join(shown)}{more}. Start all ranks with the same file, "
+                "the same --set and the same versions"
+            )
