@@ -242,14 +242,17 @@ class RunConfig(Settings):
         model = self.build_model(ranks, device)
         summary, precision = model.summary(), self.choose_precision(model, device)
         model.precision = precision.dtype
-        engine = make_engine(model.to(device), ranks, self.distributed)
         optimizers = self.build_optimizers(model)
+        bound = {part: line for part, each in optimizers.items() for line in advice.lines(each, model)}
+        engine = make_engine(model.to(device), ranks, self.distributed)
+        if engine is not None:
+            optimizers = self.build_optimizers(model)  # anew: FSDP2 puts other parameters in their place
         embedding = sum(slot.rows * slot.width for slot in self.schema_.tables.values())
         facts = {
             "parameters": {"dense": summary.dense, "embedding": embedding},
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
             "precision": str(precision),
-            "bound": {part: line for part, each in optimizers.items() for line in advice.lines(each, model)},
+            "bound": bound,
         }
         return Parts(
             self.name,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .data.logs import Reader
 from .data.rows import show_rows
 from .distributed.engine import Engine
+from .distributed.merging import Merger
 from .errors import CheckpointError
 from .losses import multitask_loss
 from .monitors.cause import Cause, Earlier, Trail, find_cause
@@ -56,6 +57,7 @@ class Instruments:
     ) -> None:
         self.model, self.reader, self.config, self.folder = model, reader, config, folder
         self.ranks = ALONE if engine is None else engine.ranks
+        self._merger = Merger(write, self.ranks, engine is not None and bool(engine.rows))
         self._may_explain = self.ranks.is_first and (engine is None or engine.has_whole_model)
         self.schema = reader.schema
         tasks = self.schema.tasks
@@ -68,7 +70,7 @@ class Instruments:
             fields=find_fields(model, self.schema),
             loss_weights=[task.loss_weight for task in tasks.values()],
             out=folder,
-            write=write,
+            write=write if self.ranks.is_alone else self._merger.add,
         )
         self.reference = Reference()
         self._dense = [(n, p) for n, p in model.named_parameters() if n not in self._table_names()]
@@ -104,6 +106,7 @@ class Instruments:
     def flush(self) -> dict[str, float]:
         """Bring the readings to the host; judge, warn, and explain what calls for it. Returns the largest signals."""
         row = self.watch.flush()
+        self._merger.flush()
         alerts, changes = self.watch.take_news()
         self._note_troubles(alerts, changes)
         alarms = [(a.step, a.reason) for a in alerts if a.level == "alarm"]
@@ -241,7 +244,7 @@ def _fields_here(parameter: str, rows: Sequence[Rows]) -> Iterator[Field]:
     start = 0
     for each in rows:
         if each.count:
-            yield Field(each.table, parameter, start, each.count)
+            yield Field(each.table, parameter, start, each.count, each.first)
         start += each.count
 
 

@@ -186,6 +186,9 @@ def check_once(ranks: Ranks, sharding: Any) -> dict[str, Any]:
             found["gradient"] = max(found["gradient"], gap(p.grad.to_dense(), grad))
     with torch.no_grad():  # an evaluation's batch, the same on every rank, is no slice
         found["forward"] = max(found["forward"], gap(one(make_batch(9, 5)), many(make_batch(9, 5))))
+        with torch.autocast("cpu", torch.bfloat16):
+            x_one, x_many = one(make_batch(9, 5)), many(make_batch(9, 5))
+            found["half"] = [str(x_many.dtype), (x_one - x_many).abs().amax().item()]
     found["forward"] = max(ranks.gather_objects(found["forward"]))
     return found
 

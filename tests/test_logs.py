@@ -75,7 +75,7 @@ def refused(path: Path | str, schema: Schema = SCHEMA, **config: Any) -> str:
 
 
 def bits(batch: Batch) -> list[bytes]:
-    parts = [getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in ("lists", "truth")]
+    parts = [getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in ("lists", "truth", "share")]
     return [part.numpy().tobytes() for part in (*parts, *(t for ragged in batch.lists for t in ragged))]
 
 

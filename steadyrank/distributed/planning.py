@@ -16,20 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_known
 from ..schema import IdsFeature, Schema, TableSlot
+from ..shards import Rows
 
 StateBytes = Callable[[int], float]
 """Bytes that an optimizer keeps for a row of a table, by the table's width."""
-
-
-class Rows(NamedTuple):  # temporary, until checkpoints has it
-    table: str
-    start: int
-    rows: int
-    first: int
-    count: int
-
 
 KINDS = ("table_wise", "row_wise", "table_row_wise")
 """How a table may lie: whole on a rank, cut by rows over all ranks, or over those of one machine."""
@@ -147,6 +139,9 @@ def plan_for(
     load_torchrec()
     planner_module = import_module("torchrec.distributed.planner")
     errors = import_module("torchrec.distributed.planner.types")
+    for kinds in (sharding or {}).values():
+        for kind in kinds:
+            check_known(kind, KINDS, "way to shard a table")
     local = min(ranks, ranks_per_host or ranks)
     budget = budget_bytes - dense_bytes
     shown = _Arithmetic(schema, ranks, budget_bytes, dense_bytes, state_bytes)

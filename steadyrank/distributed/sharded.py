@@ -31,7 +31,8 @@ from ..models.layers import fill_uniform
 from ..precision import compute_dtype
 from ..ranks import Ranks
 from ..schema import Batch, Schema
-from .planning import Rows, StateBytes, TablesPlan, bags_of, feature_keys, load_torchrec, memory_of, plan_for, sharder
+from ..shards import Rows
+from .planning import StateBytes, TablesPlan, bags_of, feature_keys, load_torchrec, memory_of, plan_for, sharder
 
 
 class ShardedTables(Tables):
@@ -223,7 +224,7 @@ def _row_numbers(rows: Sequence[Rows], device: torch.device) -> Int64[Tensor, "2
 @contextmanager
 def _own_kernel(make: Callable[..., Any]) -> Iterator[None]:
     """Let TorchRec make our lookup in place of its fused kernel."""
-    module = import_module("torchrec.distributed.embedding_lookup")
+    module: Any = import_module("torchrec.distributed.embedding_lookup")
     theirs = module.BatchedFusedEmbeddingBag
     module.BatchedFusedEmbeddingBag = make
     try:

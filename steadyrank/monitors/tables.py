@@ -26,6 +26,8 @@ class Field(NamedTuple):
     parameter: str
     start: int
     rows: int
+    first: int = 0
+    """Which row of its table comes first, where the rest lies elsewhere."""
 
 
 class Tables:
@@ -61,6 +63,7 @@ class Tables:
         for name, p in self._named:
             _check_fields(self._fields[name], len(p) if p.dim() else 0)
         self._starts: dict[str, Int64[Tensor, " fields"]] = {}
+        self._firsts: dict[str, Int64[Tensor, " fields"]] = {}
         self._first: dict[str, Tensor] = {}
         self._before: list[tuple[str, nn.Parameter, Tensor, Tensor]] = []
         self._sample: dict[str, tuple[list[str], Tensor, Tensor]] = {}
@@ -91,6 +94,7 @@ class Tables:
         fields = self._fields[name] or [Field(name, name, 0, p.shape[0])]
         if name not in self._starts:
             self._starts[name] = torch.tensor([f.start for f in fields]).to(p.device, non_blocking=True)
+            self._firsts[name] = torch.tensor([f.first for f in fields]).to(p.device, non_blocking=True)
         if name not in self._first:
             self._first[name] = torch.full((p.shape[0],), -1, dtype=torch.int32, device=p.device)
         # rows_N is sorted, so a field is a stretch of it: its ends are all that is looked up.
@@ -118,7 +122,7 @@ class Tables:
             "rows_touched": touched_F,
             "row_update_max": most(moved_N),
             "row_norm_max": norm_F,
-            "row_norm_max_row": row_F - starts_F,
+            "row_norm_max_row": row_F - starts_F + self._firsts[name],
             "row_norm_max_age_steps": age_F,
         }
         names = [f.name for f in fields]

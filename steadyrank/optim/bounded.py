@@ -400,7 +400,8 @@ def worst_of(ratio: Tensor, granularity: str) -> Tensor:
 
 
 def _kind_of(each: Touched) -> tuple[torch.device, torch.dtype, Ranks | None]:
-    return each.weight.device, each.weight.dtype, *_shards([each])
+    [shards] = _shards([each])
+    return each.weight.device, each.weight.dtype, shards
 
 
 def _shards(touched: list[Touched]) -> list[Ranks | None]:
