@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+TORCHREC := 1.9.2
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
@@ -20,6 +21,7 @@ $(BIN)/.package: pyproject.toml constraints.txt
 
 $(BIN)/.dev: $(BIN)/.package
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps torchrec==$(TORCHREC)
 	touch $@
 
 demo: $(BIN)/.package  ## Train on the generated stream and write a report
@@ -49,7 +51,7 @@ docs: $(BIN)/.dev  ## Run every example in the docs and docstrings
 $(PEERS)/.stamp: pyproject.toml constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(PEERS)/bin/python -m pip install --quiet --no-deps torchrec==1.9.2
+	$(PEERS)/bin/python -m pip install --quiet --no-deps torchrec==$(TORCHREC)
 	touch $@
 
 bench: $(PEERS)/.stamp  ## Train beside peers, short form: under ten minutes

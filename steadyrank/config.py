@@ -16,10 +16,10 @@ from pydantic_core import ErrorDetails
 from . import native
 from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
-from .distributed.agreement import check_alike
+from .distributed.agreement import check_together
 from .distributed.engine import DistributedConfig, make_engine
 from .errors import CheckpointError, ConfigError, near_path, nearest
-from .models.embeddings import EmbeddingTables
+from .models.embeddings import EmbeddingTables, MakeTables
 from .models.memory import check_memory
 from .models.ranker import ModelConfig, Ranker
 from .monitors.watch import WatchConfig
@@ -168,14 +168,13 @@ class RunConfig(Settings):
             window_rows=(window_rows + min(config.read_ahead, reader.rows - window_rows)) // ranks.size,
             batch_rows=min(config.batch_size, window_rows) // ranks.size,
             state_bytes=partial(state_bytes_per_row, self.optimizer.tables),
-            **self._spread(ranks),
+            processes=1 if ranks.is_alone else local_size(),
+            shards=self._shards(ranks),
         )
 
-    def _spread(self, ranks: Ranks) -> dict[str, int]:
-        """Return how many processes share this machine, and the tables."""
-        if ranks.is_alone:
-            return {}
-        return {"processes": local_size(), "shards": ranks.size if self.distributed.shards_tables else 1}
+    def _shards(self, ranks: Ranks) -> int:
+        """Return over how many ranks the tables are spread."""
+        return ranks.size if not ranks.is_alone and self.distributed.shards_tables else 1
 
     def build_model(self, ranks: Ranks = ALONE, device: torch.device | None = None) -> Ranker:
         """Make the model, its weights decided by the seed: the same for any number of ranks.
@@ -183,8 +182,9 @@ class RunConfig(Settings):
         Raises:
             ConfigError: This machine has no memory for it.
         """
-        check_memory(self.schema_, self.model, **self._spread(ranks))
-        made, tables = torch.Generator().manual_seed(self.seed), EmbeddingTables
+        check_memory(self.schema_, self.model, shards=self._shards(ranks))
+        made = torch.Generator().manual_seed(self.seed)
+        tables: MakeTables = EmbeddingTables
         if not ranks.is_alone and self.schema_.tables and self.distributed.shards_tables:
             from .distributed.sharded import ShardedTables
 
@@ -232,7 +232,7 @@ class RunConfig(Settings):
             ConfigError, DataError: The log cannot be opened, or lacks a column; or the ranks are not alike.
         """
         settings = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        self._check_together(settings, ranks)
+        check_together(settings, self.distributed, ranks)
         device = find_device(self.train.device)
         open_reader = partial(self.build_reader, source or self.source(grows=resume), pin_memory=device.type == "cuda")
         reader = open_reader(ranks=ranks.another())
@@ -270,22 +270,6 @@ class RunConfig(Settings):
             settings=settings,
             facts=facts,
         )
-
-    def _check_together(self, settings: Mapping[str, Any], ranks: Ranks) -> None:
-        """Raise ConfigError unless several ranks are alike, and what is asked for is there for several."""
-        if ranks.is_alone:
-            return
-        check_alike(settings, ranks)
-        if self.train.follow:
-            raise ConfigError(
-                "train.follow: several ranks do not follow a growing log; train what is there, and go on with --resume "
-                "when more has come"
-            )
-        if self.train.quarantine_rows and self.distributed.shards_tables:
-            raise ConfigError(
-                "train.quarantine_rows: not for tables that TorchRec shards; set it to false, or distributed.tables = "
-                "'replicated'"
-            )
 
     def to_toml(self) -> str:
         """Return the whole configuration as TOML; `load` of it gives an equal object."""

@@ -174,12 +174,14 @@ class Instruments:
 
     def _explain(self, step: int, why: str) -> None:
         """Find what stood behind a step, and write it down, unless that was done often enough or just now."""
-        if not self._may_explain:
-            return
         near = bool(self._explained) and step - self._explained[-1] < _CAUSES_APART
         if near or len(self._explained) >= self.config.causes:
             return
         self._explained.append(step)
+        if not self._may_explain:
+            words = "not looked for, since no rank has the whole model: steadyrank replay looks for it in one process"
+            self.folder.event(step, "cause", f"{words} (--step {step})")
+            return
         since = step
         step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
         with self.watch.paused():

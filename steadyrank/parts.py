@@ -15,6 +15,7 @@ from .data.logs import FileNote, Reader
 from .distributed.engine import Engine
 from .errors import ConfigError
 from .monitors.watch import WatchConfig
+from .pace import Pace
 from .precision import Precision, PrecisionName
 from .ranks import ALONE, Ranks, local_rank, started_together
 from .recovery import RecoveryConfig
@@ -132,13 +133,13 @@ class Parts:
         if "cuda" in state["generators"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
 
-    def pack(self, state: dict[str, Any]) -> dict[str, Any]:
+    def pack(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return a state in which is marked what is this rank's part of a table, for a checkpoint."""
-        return state if self.engine is None else self.engine.pack(state, self.optimizers)
+        return dict(state) if self.engine is None else self.engine.pack(state, self.optimizers)
 
-    def unpack(self, state: dict[str, Any]) -> dict[str, Any]:
+    def unpack(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return a state, of a checkpoint of any number of ranks, as this rank holds it."""
-        return state if self.engine is None else self.engine.unpack(state, self.optimizers)
+        return dict(state) if self.engine is None else self.engine.unpack(state, self.optimizers)
 
     def held_rows(self) -> dict[str, tuple[int, int]] | None:
         """Return which rows of sharded tables this rank has, as `Checkpoints.load` takes them."""
@@ -174,13 +175,17 @@ def wait_for_files(
 class Clock:
     """How long a run has trained, how fast, and over which stretch of the log's time.
 
+    Args:
+        pace: How fast the ranks are; None in one process.
+
     >>> clock = Clock()
     >>> clock.load_state_dict({"seconds": 8.0, "first_time": 0, "last_time": 86_400_000_000})
     >>> clock.summary(rows=100)
     {'seconds': 8.0, 'rows_per_s': 12.5, 'first_time_s': 0.0, 'last_time_s': 86400.0}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
+        self.pace = pace or Pace()
         self.seconds = 0.0
         """Seconds of training, in all processes that had a part in the run."""
         self.first_time: int | None = None
@@ -208,11 +213,14 @@ class Clock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; plain values."""
-        return {"seconds": self.seconds, "first_time": self.first_time, "last_time": self.last_time}
+        times = {"seconds": self.seconds, "first_time": self.first_time, "last_time": self.last_time}
+        return {**times, "pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; the rest of what it holds is passed over."""
         self.seconds, self.first_time, self.last_time = state["seconds"], state["first_time"], state["last_time"]
+        if "pace" in state:
+            self.pace.load_state_dict(state["pace"])
 
     def summary(self, rows: int) -> dict[str, Any]:
         """Return what the run's summary says of its times."""
@@ -221,6 +229,7 @@ class Clock:
             "rows_per_s": round(rows / self.seconds, 1) if self.seconds else 0.0,
             "first_time_s": None if self.first_time is None else self.first_time / 1e6,
             "last_time_s": None if self.last_time is None else self.last_time / 1e6,
+            **self.pace.summary(),
         }
 
 

@@ -58,7 +58,7 @@ class Replayed:
             return f"{way}, exactly: all {self.compared} losses that the run wrote down there came out the same"
         return (
             f"{way}, but not exactly: a loss differs by {self.difference:.2g} of itself; another machine, version, "
-            "number of threads or log, or a GPU, can do that"
+            "number of threads or of ranks, or log, or a GPU, can do that"
         )
 
 

@@ -4,8 +4,9 @@ Shapes: B rows, K tasks, P parameters.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from .guard import guard as guard
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
 from .monitors.watch import Watch
+from .pace import Pace
 from .ranks import Ranks
 from .schema import Batch, Task
 
@@ -29,6 +31,8 @@ class Engine(Protocol):
     """Trains one model on several ranks (`distributed.engine`)."""
 
     ranks: Ranks
+    pace: Pace
+    """How long this rank works in its steps."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (serving, training) logits of this rank's rows."""
@@ -105,7 +109,8 @@ def train_step(
         if watch is not None:
             watch.whole(parts_K, whole.logits)
             watch.gradients(verdict.largest)
-    asked = step_where_ok(optimizers, verdict, before, bad_rows, ask)
+    with nullcontext() if engine is None else engine.pace.working(ends_step=True):
+        asked = step_where_ok(optimizers, verdict, before, bad_rows, ask)
     return Step(scores_BK.detach(), parts_K.detach(), total.detach(), verdict, asked)
 
 
@@ -346,7 +351,7 @@ def fit(
     model.train()
     for batch in batches:
         here = batch.to(device) if copying is None else _copy_beside(batch, device, copying)
-        options = {"quarantine_rows": quarantine_rows, "scales_K": scales_K, "engine": engine}
+        options: dict[str, Any] = {"quarantine_rows": quarantine_rows, "scales_K": scales_K, "engine": engine}
         yield batch, train_step(model, held, here, ordered, watch, **options)
 
 

@@ -113,7 +113,7 @@ def fit_batches(parts: Parts) -> Any:
 
 def test_a_run_says_what_it_takes_before_anything_large_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(RunConfig, "build_model", lambda self: pytest.fail("made first") if not said else stop())
+    monkeypatch.setattr(RunConfig, "build_model", lambda self, *_: pytest.fail("made first") if not said else stop())
     with pytest.raises(InterruptedError):
         demo(["optimizer.tables.name=adagrad"]).build(announce=said.append)
     assert said[0].startswith("memory: at least ")

@@ -1,4 +1,4 @@
-"""At the start: are all ranks of one kind?"""
+"""At the start: are all ranks of one kind, and is there for several what is asked for?"""
 
 import platform
 from collections.abc import Mapping
@@ -8,8 +8,32 @@ from ..checkpoints import version_of
 from ..errors import ConfigError
 from ..ranks import Ranks
 from ..settings import flatten
+from .engine import DistributedConfig
 
 _PACKAGES = ("steadyrank", "torch", "numpy", "pyarrow", "torchrec")
+
+
+def check_together(settings: Mapping[str, Any], config: DistributedConfig, ranks: Ranks) -> None:
+    """Raise ConfigError, on all ranks, unless they can train together.
+
+    Args:
+        settings: The whole configuration, nested.
+        config: What it says of several ranks.
+        ranks: Who trains together; one process alone always can.
+    """
+    if ranks.is_alone:
+        return
+    check_alike(settings, ranks)
+    if settings["train"]["follow"]:
+        raise ConfigError(
+            "train.follow: several ranks do not follow a growing log; train what is there, and go on with --resume "
+            "when more has come"
+        )
+    if settings["train"]["quarantine_rows"] and config.shards_tables:
+        raise ConfigError(
+            "train.quarantine_rows: not for tables that TorchRec shards; set it to false, or distributed.tables = "
+            "'replicated'"
+        )
 
 
 def check_alike(settings: Mapping[str, Any], ranks: Ranks) -> None:

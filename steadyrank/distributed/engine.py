@@ -8,7 +8,8 @@ Shapes: N ranks, R touched rows of a table, D width.
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import ConfigError
 from ..models.embeddings import NumberInputs
 from ..models.ranker import Ranker
 from ..native.rows import coalesce
+from ..pace import Pace
 from ..ranks import Ranks
 from ..schema import Batch
 from ..settings import Settings
@@ -46,7 +48,7 @@ class DistributedConfig(Settings):
         Raises:
             ConfigError: It is asked for and not installed.
         """
-        found = importlib.util.find_spec("torchrec") is not None
+        found = all(importlib.util.find_spec(name) is not None for name in ("torchrec", "fbgemm_gpu"))
         if self.tables == "torchrec" and not found:
             raise ConfigError(
                 "distributed.tables = 'torchrec': TorchRec is not installed; install steadyrank[torchrec], or set "
@@ -75,6 +77,7 @@ class Engine:
         self.model, self.ranks, self.rows = model, ranks, dict(rows or {})
         self.has_whole_model = dense == "ddp" and not self.rows
         """Whether this rank can call the model by itself."""
+        self.pace = Pace(ranks, next(model.parameters()).device)
         names = _table_names(model)
         held = dict(model.named_parameters())
         self._tables = [held[name] for name in names]
@@ -91,7 +94,9 @@ class Engine:
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (serving, training) logits of this rank's rows."""
-        serving, training = self._forward(batch)
+        # Otherwise it waits in there for the others' rows and weights.
+        with self.pace.working() if self.has_whole_model else nullcontext():
+            serving, training = self._forward(batch)
         return serving, training
 
     def backward(self, total: Tensor) -> None:
@@ -151,11 +156,12 @@ class Engine:
         rows = self.rows.get(name)
         if rows is not None and x.dim() and len(x) == sum(each.rows for each in rows) != len(parameter):
             return torch.cat([x[r.start + r.first : r.start + r.first + r.count] for r in rows])
-        if hasattr(parameter, "placements") and x.shape == parameter.shape and not hasattr(x, "placements"):
-            from torch.distributed.tensor import distribute_tensor  # loaded already, by whoever sharded it
+        if not hasattr(parameter, "placements") or x.shape != parameter.shape or hasattr(x, "placements"):
+            return x
+        from torch.distributed.tensor import DTensor, distribute_tensor  # loaded already, by whoever sharded it
 
-            return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements)
-        return x
+        assert isinstance(parameter, DTensor)
+        return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _change_named(value: Any, names: set[str], change: Callable[[str, Tensor], Any]) -> Any:
@@ -176,7 +182,7 @@ def make_engine(model: Ranker, ranks: Ranks, config: DistributedConfig) -> Engin
     return Engine(model, ranks, config.dense, {f"tables.{name}": held for name, held in rows.items()})
 
 
-def average_rows(tables: list[Tensor], ranks: Ranks) -> None:
+def average_rows(tables: Sequence[Tensor], ranks: Ranks) -> None:
     """Average the sparse gradients of tables that every rank has: a sparse all-reduce, after which a row comes up once.
 
     Ranks touch different numbers of rows, which they tell one another first: one wait for the device a step.
@@ -215,17 +221,19 @@ def _replicate(both: nn.Module, left_out: list[str]) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(both, left_out)
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
-    return DistributedDataParallel(both, **{option: False})  # statistics are the same on all ranks already
+    options: dict[str, Any] = {option: False}  # statistics are the same on all ranks already
+    return DistributedDataParallel(both, **options)
 
 
-def _shard(model: nn.Module, tables: set[Tensor], ranks: Ranks) -> None:
+def _shard(model: nn.Module, tables: set[nn.Parameter], ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.size,))
     for child in _blocks(model):
         fully_shard(child, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=tables)
+    # Else the outermost keeps its weights as a forward pass without backward saw them, whatever is changed since.
+    fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
     register_fsdp_forward_method(model, "forward_both")
 
 

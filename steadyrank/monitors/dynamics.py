@@ -192,7 +192,7 @@ class Dynamics:
                 state = optimizer.state.get(p, {})
                 squares = next((state[key] for key in SQUARES if isinstance(state.get(key), Tensor)), None)
                 if squares is not None and squares.numel():
-                    flat = kernels.local(squares).reshape(-1)
+                    flat = kernels.whole(squares).reshape(-1)
                     names.append(name)
                     samples.append(flat[_spread(flat.numel(), flat.device)].float())
         if not names:

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from . import kernels
 from .bounded import CLIP_FACTOR
 from .clippy import EXP_AVG, EXP_AVG_SQ
-from .guarded import BAD_STEPS, STEP, SUM, GuardedOptimizer, take_in, wide_dtype
+from .guarded import BAD_STEPS, STEP, SUM, GuardedOptimizer, parameter_label, take_in, wide_dtype
 
 TRUST_RATIO = "trust_ratio"
 """State key: sigma of the last step, by which LAMB scales the step; 0-d, 0 or more, on the device. 0 if refused."""
@@ -101,6 +101,15 @@ def _check_ceiling(group: dict[str, Any]) -> None:
         raise ConfigError(f"trust_clip: expected a number above 0, or infinity, came {group['trust_clip']}")
 
 
+def _refuse_shards(group: dict[str, Any]) -> None:
+    for index, param in enumerate(group["params"]):
+        if getattr(param, "sharded_over", None) is not None:
+            raise ConfigError(
+                f"{parameter_label(group, index)} lies on several ranks, and this optimizer's norms would see a part "
+                "of it; for tables choose Clippy or row-wise Adagrad, or replicate them"
+            )
+
+
 def _fresh_scalar(param: Tensor) -> Float[Tensor, ""]:
     return torch.ones((), dtype=wide_dtype(param.dtype), device=param.device)
 
@@ -182,6 +191,7 @@ class LambAdagrad(GuardedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        _refuse_shards(group)
         _check_ceiling(group)
 
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -202,6 +212,7 @@ class _OnMoments(GuardedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        _refuse_shards(group)
         betas = group["betas"]
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"betas: expected two numbers in [0, 1), came {betas}")

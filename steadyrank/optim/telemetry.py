@@ -57,7 +57,9 @@ def read_binding(optimizer: Optimizer) -> list[Binding]:
 
 def _place(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     place = []
-    for size in reversed(shape):
+    for size in reversed(shape[1:]):
         flat, rest = divmod(flat, size)
         place.append(rest)
+    if shape:  # the first dimension has no end: of a table that lies on several ranks not all rows are here
+        place.append(flat)
     return tuple(reversed(place))
