@@ -27,7 +27,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .files import read_object, replace, swap, sync, to_json, writing
 from .ranks import ALONE, Ranks
-from .shards import Parts, ShardFiles, dense, facts_of, is_dtensor, is_shard, save_tensors, together
+from .shards import Parts, ShardFiles, dense, facts_of, is_dtensor, is_shard, save_tensors
 from .shards import Rows as Rows
 from .shards import RowShards as RowShards
 
@@ -90,7 +90,7 @@ class Checkpoints:
         final = self.folder(step)
         draft = final.with_name(f".step_{step}.tmp")
         facts = {"step": step, "kind": kind, "healthy": healthy, "day": day}
-        parts = together(ranks, lambda: Parts(state))
+        parts = ranks.together(lambda: Parts(state))
         parts.check_alike(ranks)
 
         def begin() -> _Packed | None:
@@ -102,9 +102,9 @@ class Checkpoints:
             return packed
 
         try:
-            packed = together(ranks, begin)
+            packed = ranks.together(begin)
             shards = parts.write(draft, final, ranks) if parts.marks else None
-            together(ranks, lambda: _finish(draft, final, packed, shards, facts) if packed else None)
+            ranks.together(lambda: _finish(draft, final, packed, shards, facts) if packed else None)
         except CheckpointError:  # on all ranks, which leave when nothing is left of it
             ranks.on_first(lambda: shutil.rmtree(draft, ignore_errors=True))
             raise
@@ -155,8 +155,8 @@ class Checkpoints:
         if step not in steps and (step is not None or not steps):
             raise CheckpointError(f"{self.path.parent}: no checkpoint {_name(step)} (there are: {steps})")
         found, others = steps[-1] if step is None else step, f"start from another checkpoint (there are: {steps})"
-        shards = together(ranks, lambda: self._verify(found, others, ranks))
-        return together(ranks, lambda: self._read(self.folder(found), shards, rows, others))
+        shards = ranks.together(lambda: self._verify(found, others, ranks))
+        return ranks.together(lambda: self._read(self.folder(found), shards, rows, others))
 
     def _verify(self, step: int, others: str, ranks: Ranks) -> list[str] | None:
         """Verify the files of a checkpoint, of the shards this rank's share, and return the names of those, if any."""

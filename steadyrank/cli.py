@@ -255,12 +255,22 @@ def main() -> None:
     try:
         app()
     except SteadyRankError as error:
-        complain(error)
+        if _speaks(error):
+            complain(error)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # how typer answers Ctrl-C, without a word
             errors.print("stopped")
         raise
+
+
+def _speaks(error: SteadyRankError) -> bool:
+    """Say whether this process is to print the error: of several that torchrun started here, one does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    from .ranks.roster import is_first_to_say
+
+    return is_first_to_say(str(error))
 
 
 def _wait_politely() -> None:
@@ -293,7 +303,7 @@ def _train(config: "RunConfig", out: Path | None, overwrite: bool) -> Path:
 
     _spare_compiler()
     with meeting(config) as ranks:
-        begun = begun_before(ranks)
+        begun = begun_before(config, out, ranks)
         if begun is not None:
             return _resume(config, begun, ranks)
         parts = config.build(announce=say, ranks=ranks)  # before the folder: a wrong path or column leaves none behind

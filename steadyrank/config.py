@@ -17,7 +17,7 @@ from . import native
 from .data.logs import LogsConfig, ParquetLog, Reader, ReaderConfig, Source
 from .data.stream import Stream, StreamConfig
 from .distributed.agreement import check_together
-from .distributed.engine import DistributedConfig, make_engine
+from .distributed.engine import DistributedConfig, describe_ranks, make_engine
 from .errors import CheckpointError, ConfigError, near_path, nearest
 from .models.embeddings import EmbeddingTables, MakeTables
 from .models.memory import check_memory
@@ -253,6 +253,7 @@ class RunConfig(Settings):
             "optimizer": {part: _one_line(getattr(self.optimizer, part)) for part in optimizers},
             "precision": str(precision),
             "bound": bound,
+            **({} if engine is None else {"ranks": describe_ranks(engine, reader.idle_ranks)}),
         }
         return Parts(
             self.name,

@@ -29,6 +29,7 @@ def start_line(parts: Parts) -> str:
             f"{parts.name}: {parts.reader.rows:,} rows, {len(parts.schema.features)} features, "
             f"{len(parts.schema.tasks)} tasks; {sizes['dense']:,} dense parameters by {optimizers['dense']}"
             + (f", {sizes['embedding']:,} in tables by {optimizers['tables']}" if "tables" in optimizers else ""),
+            *([parts.facts["ranks"]["words"]] if "ranks" in parts.facts else []),
             *([parts.facts["precision"]] if "precision" in parts.facts else []),
             *(f"bound of optimizer.{part}: {line}" for part, line in parts.facts.get("bound", {}).items()),
         ]
@@ -82,8 +83,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         if not gain(task) > 0:
             console.print(f"[yellow]{escape(name)}[/]: {why_not(task)}")
-    if survived := survival(summary):
-        say(survived)
+    for line in (survival(summary), summary.get("slow_rank")):
+        if line:
+            say(line)
 
 
 def survival(summary: Mapping[str, Any]) -> str:

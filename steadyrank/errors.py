@@ -30,6 +30,10 @@ class CheckpointError(SteadyRankError):
     """A checkpoint or a run folder cannot be read or written."""
 
 
+class RankError(SteadyRankError):
+    """A run of several processes has ended because of another one: it failed, is gone, or is not to be reached."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name closest to `name`, or `""` when none is near.
 

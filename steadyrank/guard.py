@@ -260,7 +260,7 @@ def _fill(parameters: Iterable[Tensor], ok: Bool[Tensor, ""], value: float) -> N
     """Put `value` in place of every coordinate of every gradient, unless `ok`."""
     for parameter in parameters:
         if parameter.grad is not None:
-            grad = _values(parameter)
+            grad = kernels.local(_values(parameter))
             grad.copy_(torch.where(ok, grad, value))
 
 
@@ -348,11 +348,18 @@ class Before:
                 taken = _like_rows(ok & good_R, kept.before)
                 now.index_copy_(0, rows_R, torch.where(taken, now.index_select(0, rows_R), kept.before))
             elif now is kept.tensor:
-                now.copy_(torch.where(ok, now, kept.before))
+                _take_where(ok, now, kept.before)
             else:  # a new tensor, which may be shared with others: not written into
-                kept.place[kept.key] = torch.where(ok, now, kept.before)
+                kept.place[kept.key] = _take_where(ok, now.clone(), kept.before)
         for optimizer, before in self._rules:
             optimizer.shared = {k: torch.where(ok, now, before.get(k, now)) for k, now in optimizer.shared.items()}
+
+
+def _take_where(ok: Bool[Tensor, ""], now: Tensor, before: Tensor) -> Tensor:
+    """Put what was before in the place of `now`, unless `ok`; of a DTensor in the part that lies here."""
+    here = kernels.local(now)
+    here.copy_(torch.where(ok, here, kernels.local(before)))
+    return now
 
 
 _Room = dict[str, Tensor | None]

@@ -15,9 +15,9 @@ from .data.logs import FileNote, Reader
 from .distributed.engine import Engine
 from .errors import ConfigError
 from .monitors.watch import WatchConfig
-from .pace import Pace
 from .precision import Precision, PrecisionName
 from .ranks import ALONE, Ranks, local_rank, started_together
+from .ranks.pace import Pace
 from .recovery import RecoveryConfig
 from .schema import Batch, Schema
 from .settings import Settings
@@ -140,6 +140,10 @@ class Parts:
     def unpack(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return a state, of a checkpoint of any number of ranks, as this rank holds it."""
         return dict(state) if self.engine is None else self.engine.unpack(state, self.optimizers)
+
+    def merge(self, row: dict[str, float]) -> dict[str, float]:
+        """Return the readings of some steps as they are over all ranks; a collective."""
+        return row if self.engine is None else self.engine.merge(row)
 
     def held_rows(self) -> dict[str, tuple[int, int]] | None:
         """Return which rows of sharded tables this rank has, as `Checkpoints.load` takes them."""

@@ -5,6 +5,7 @@ from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import DivergenceError as DivergenceError
+from .errors import RankError as RankError
 from .errors import SteadyRankError as SteadyRankError
 from .evaluate import evaluate as evaluate
 from .losses import multitask_loss as multitask_loss

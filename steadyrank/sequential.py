@@ -1,6 +1,7 @@
 """Sequential training with progressive validation: every row is scored as in serving before it is learned."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from .errors import DataError, DivergenceError, SteadyRankError
@@ -10,6 +11,7 @@ from .parts import Parts as Parts
 from .parts import Progress as Progress
 from .parts import TrainConfig as TrainConfig
 from .parts import find_device as find_device
+from .ranks.rollcall import fail_alike, watched
 from .runs import RunFolder
 from .session import Session
 from .stopping import stop_on_signals
@@ -51,9 +53,12 @@ def run(
         parts.ranks.together(lambda: held.enter_context(folder.locked()))
         stop = held.enter_context(stop_on_signals())
         session = Session(parts, folder, stop, on_progress, on_event)
+        held.enter_context(watched(folder.path, partial(_note_loss, session)))
         if resume:
             session.resume()
         if not session.step:
+            if "ranks" in parts.facts:
+                folder.event(0, "ranks", parts.facts["ranks"]["words"], process=True)
             if parts.precision is not None:
                 folder.event(0, "precision", str(parts.precision))
             for part, line in parts.facts.get("bound", {}).items():
@@ -64,8 +69,10 @@ def run(
             try:
                 session.loop()
             except DataError as error:
+                fail_alike(error)
                 status, message, failure = "data_error", str(error), error
             except DivergenceError as error:
+                fail_alike(error)
                 status, message, failure = "diverged", str(error), error
             if session.stop.is_set() and failure is None:
                 status, message = "interrupted", f"stopped by the user at step {session.step}"
@@ -75,3 +82,7 @@ def run(
     if failure is not None:
         raise failure
     return summary
+
+
+def _note_loss(session: Session, words: str) -> None:
+    session.folder.event(session.step, "rank_lost", words, process=True)

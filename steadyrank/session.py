@@ -54,7 +54,7 @@ class Session:
         for optimizer in optimizers:  # state that was made with the weights moves with them
             optimizer.load_state_dict(optimizer.state_dict())
         self.step = self.rows = 0
-        self.clock = Clock()
+        self.clock = Clock(parts.engine.pace if parts.engine else None)
         self.cursor = Cursor()
         self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth)
         self._pending = Pending(self.board, self.ranks)
@@ -256,8 +256,7 @@ class Session:
         saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
         if not (ends_window or saves or step % config.log_every == 0 or self.parts.reader.file_ends):
             return False
-        if isinstance(self.stop, AgreedStop):
-            self.stop.agree()
+        self.stop.agree()
         self._flush()
         if ends_window:
             self._close_window()
@@ -333,14 +332,15 @@ class Session:
 
     def _flush(self) -> None:
         """Fetch what the steps since the last flush left on the device, and write it down."""
-        row = self.readings.fetch()
+        row = self.parts.merge(self.readings.fetch())
         if not row:
             return
         if self.instruments is not None:
             row |= self.instruments.flush()
         speed = self.clock.lap(self.rows)
         self._pending.flush()
-        self._write("steps", self.step, {**row, "speed/rows_per_s": speed, "log/rows": float(self.rows)})
+        row |= self.clock.pace.read() | {"speed/rows_per_s": speed, "log/rows": float(self.rows)}
+        self._write("steps", self.step, row)
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
             rows = self.rows + self.rescue.rows_skipped

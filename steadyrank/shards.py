@@ -9,9 +9,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -22,7 +22,6 @@ from .errors import CheckpointError
 from .files import writing
 from .ranks import Ranks
 
-T = TypeVar("T")
 _NAME = re.compile(r"shard-\d{5,}\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
 """The metadata entry that torch.distributed.checkpoint reads."""
@@ -171,8 +170,8 @@ class Parts:
                 _save(self.tensors, folder / name, final, ranks)
                 return {name: facts_of(folder / name)} if (folder / name).exists() else {}
 
-        files = {key: facts for each in ranks.gather_objects(together(ranks, save)) for key, facts in each.items()}
-        together(ranks, lambda: _check_seen(folder, files) if ranks.is_first else None)
+        files = {key: facts for each in ranks.gather_objects(ranks.together(save)) for key, facts in each.items()}
+        ranks.together(lambda: _check_seen(folder, files) if ranks.is_first else None)
         return files
 
 
@@ -349,21 +348,3 @@ def _dtype_of(mark: Mapping[str, Any]) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{mark['dtype']!r} is no dtype")
     return dtype
-
-
-def together(ranks: Ranks, do: Callable[[], T]) -> T:
-    """Let every rank do something; where it fails on one, all raise that error, and with the system's error behind it.
-
-    `Ranks.together` alone would lose the cause, which no pickle holds, and with it whether the disk is full.
-    """
-    if ranks.is_alone:
-        return do()
-    failed: tuple[CheckpointError, OSError | None] | None = None
-    try:
-        value = do()
-    except CheckpointError as error:
-        failed = error, error.__cause__ if isinstance(error.__cause__, OSError) else None
-    for each in ranks.gather_objects(failed):
-        if each is not None:
-            raise each[0] from each[1]
-    return value

@@ -36,6 +36,10 @@ class Stop:
         """Whether it came."""
         return self.signal != 0
 
+    def agree(self) -> bool:
+        """Say whether it came, to whoever stops together: here to itself."""
+        return self.is_set()
+
     def is_late(self) -> bool:
         """Whether it is time to stop wherever the run is."""
         return self.is_set() and time.monotonic() - self._since > PATIENCE_S

@@ -18,8 +18,8 @@ from .guard import guard as guard
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
 from .monitors.watch import Watch
-from .pace import Pace
 from .ranks import Ranks
+from .ranks.pace import Pace
 from .schema import Batch, Task
 
 NAMED = 5

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from steadyrank.launch import create_folder, open_folder
 from steadyrank.ranks import Ranks, join
 from steadyrank.sequential import run
 from steadyrank.train import fit
+
+from .faults import feed
 
 
 def do(job: dict[str, Any], ranks: Ranks) -> str:
@@ -42,7 +45,7 @@ def do(job: dict[str, Any], ranks: Ranks) -> str:
         parts = config.build(resume=resume, ranks=ranks)
         folder = open_folder(path, ranks) if resume else create_folder(config, path, ranks)
         with folder:
-            status: str = run(parts, folder, resume=resume)["status"]
+            status: str = run(parts, folder, resume=resume, on_event=partial(feed, job))["status"]
         parts.reader.close()
         return status
     except SteadyRankError as error:

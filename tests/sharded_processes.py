@@ -78,7 +78,9 @@ CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 MAIN = ("rowwise", "adagrad_row", "adagrad_tensor", "adam_tensor")
-UNGUARDED = ("rowwise", "torch_adagrad")
+BY_ITSELF = ("adagrad_row", "adagrad_row_quantile")
+"""Need no communication: a row's factor is its own, and a NaN is refused by the rank that holds it."""
+UNGUARDED = ("rowwise", "torch_adagrad", *BY_ITSELF)
 """Take no NaN, or refuse it in the rows of one rank only."""
 
 
@@ -233,6 +235,9 @@ def train(name: str, one: EmbeddingTables, many: ShardedTables, ranks: Ranks) ->
         for optimizer in made:
             optimizer.step()
     found = [scalars(optimizer) for optimizer in made]
+    if name in BY_ITSELF:
+        each = ranks.gather_objects(found[1])
+        found[1] = {key: min(of[key] for of in each) for key in found[1]}
     result = {
         "gap": max(
             gap(p, whole(q.detach(), many.rows[f"weights.{key}"], ranks, p.shape[1:]))

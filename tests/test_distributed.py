@@ -19,7 +19,7 @@ from steadyrank.parts import Progress
 from steadyrank.runs import RunFolder
 from steadyrank.sequential import run
 
-from .days import log, write_day
+from .days import follow, log, write_day
 from .faults import assert_same
 from .test_survival import RECOVERS, UNITS
 from .tiny import tiny, train
@@ -134,6 +134,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for day in range(4):
         write_day(folder / "log", day, spoilt_every=60 * (day % 2))
     train(bad_steps(folder), folder / "bad steps")
+    for day in range(4):
+        write_day(folder / "days", day)
+    train(follows(folder / "days"), folder / "follows")
     return folder
 
 
@@ -153,6 +156,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, one: Path) -> Path:
     jobs = [(name, {"config": spread(job(of), *how)}) for name, (*how, of) in CASES.items()]
     cut = spread(job("clippy by tensor", SAVES), "fsdp2", "torchrec")
     alone = train_in_part(job("clippy by tensor", SAVES), folder / "begun alone", 9)
+    coming, feed = prepare_days(folder)
     jobs += [
         ("whole", {"config": cut}),
         ("cut", {"config": cut, "signal_at": 9}),
@@ -162,6 +166,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, one: Path) -> Path:
         ("unlike", {"config": cut, "sets_of_last": ["optimizer.dense.lr=0.3"]}),
         ("few", {"config": RunConfig.from_toml(cut.to_toml(), ["reader.batch_size=1"])}),
         ("goes back", {"config": spread(GOES_BACK, "fsdp2", "torchrec")}),
+        ("follows", {"config": follows(coming), "feed": feed}),
         ("bad steps", {"config": spread(bad_steps(one), "ddp", "torchrec")}),
         ("other model", {"config": RunConfig.from_toml(cut.to_toml(), ["model.trunk.widths=[8]"]), "resume": True}),
     ]
@@ -171,6 +176,17 @@ def two(tmp_path_factory: pytest.TempPathFactory, one: Path) -> Path:
                for words in said]  # fmt: skip
     (folder / "said.json").write_text(json.dumps(by_name))
     return folder
+
+
+def prepare_days(folder: Path) -> tuple[Path, list[list[str]]]:
+    """Write a log of one day, and three more that come while it is followed."""
+    days = [write_day(folder / "days", day) for day in range(4)]
+    (folder / "aside").mkdir()
+    return folder / "days", [[str(path.rename(folder / "aside" / path.name)), str(path)] for path in days[1:]]
+
+
+def follows(path: Path) -> RunConfig:
+    return follow(f"data.path={path}", "train.checkpoint_every=5", "distributed.tables=replicated")
 
 
 def bad_steps(one: Path) -> RunConfig:
@@ -257,6 +273,13 @@ def test_a_bad_step_is_left_out_on_all_ranks(two: Path, one: Path) -> None:
     messages = [[e["message"] for e in folder.events() if e["kind"] == "bad_step"] for folder in (a, b)]
     assert messages[0] == messages[1]
     assert_alike(one / "bad steps", two / "bad steps")
+
+
+def test_all_ranks_follow_a_growing_log(two: Path, one: Path) -> None:
+    assert said_of(two, "follows") == ["finished"] * 2
+    files = [event["file"] for event in RunFolder.open(two / "follows").events() if event["kind"] == "file"]
+    assert [Path(file).name for file in files] == [f"day_{day}.parquet" for day in (1, 2, 3)]
+    assert_alike(one / "follows", two / "follows", steps_only=True)
 
 
 @pytest.mark.slow

@@ -56,3 +56,11 @@ def test_a_module_trained_by_two_processes_is_that_of_one(how: str, found: dict[
     assert cases
     for name, case in cases.items():
         assert case["gap"] <= 1e-6, f"{name}: {case['gap']}"
+
+
+def test_a_bad_step_that_is_not_asked_for_leaves_shards_as_they_were(found: dict[str, Any]) -> None:
+    cases = {name: case for name, case in found.items() if name.startswith("unasked")}
+    assert len(cases) == 3
+    for name, case in cases.items():
+        assert case["bad"] == 1, name
+        assert case["gap"] <= 1e-7, f"{name}: {case['gap']}"

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from steadyrank.guard import Before, Parts, forget_step, judge_together, step_where_ok
 from steadyrank.optim import (
     AGC,
     ClipGlobalNorm,
@@ -32,6 +33,7 @@ from steadyrank.optim import (
     RowWiseAdagrad,
     StableAdamW,
 )
+from steadyrank.ranks import Ranks
 
 CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad": lambda params: ClippyAdagrad(params, lr=0.5),
@@ -51,6 +53,13 @@ CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "agc": lambda params: ClipGradients(torch.optim.Adagrad(params, lr=0.5), AGC(clipping=0.05)),
     "global_norm": lambda params: ClipGradients(ClippyAdagrad(params, lr=0.5), ClipGlobalNorm(0.5)),
     "rowwise": lambda params: RowWiseAdagrad(params, lr=0.5),
+}
+
+
+UNASKED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": CASES["adam"],
+    "torch_adam": lambda params: torch.optim.Adam(params, lr=0.05),
+    "torch_sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
 }
 
 
@@ -106,6 +115,34 @@ def modules(make: Callable[[Any], torch.optim.Optimizer], wrap: Callable[[nn.Mod
     return {"gap": difference(list(alone.parameters()), list(together.parameters()))}
 
 
+def unasked(make: Callable[[Any], torch.optim.Optimizer], mesh: DeviceMesh) -> dict[str, Any]:
+    """FSDP2 with a bad step that the host does not ask for, as on a GPU, beside the same model that never saw it."""
+    torch.manual_seed(2)
+    start = nn.Linear(6, 3)
+    models = [fully_shard(copy.deepcopy(start), mesh=mesh) for _ in range(2)]
+    made = [make(model.parameters()) for model in models]
+    ranks = Ranks(dist.get_rank(), 2, dist.group.WORLD, dist.group.WORLD)
+    verdicts = []
+    for step in range(5):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
+        bad = step == 2
+        for model, optimizer in list(zip(models, made, strict=True))[: 1 if bad else 2]:
+            before = Before()
+            before.keep_statistics(model)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            if bad and ranks.rank == 1:
+                next(model.parameters()).grad.to_local().view(-1)[0] = torch.nan
+            parts = Parts(torch.ones(()), torch.ones(1), torch.zeros(1))
+            verdict, _ = judge_together(ranks, model.parameters(), parts, statistics=before.statistics())
+            asked = step_where_ok([optimizer], verdict, before, ask=False)
+            if not asked and bad:
+                forget_step([optimizer], list(model.parameters()))
+            verdicts.append(bool(verdict.ok))
+    gap = difference([nn.Parameter(whole(p.detach())) for p in models[0].parameters()], list(models[1].parameters()))
+    return {"gap": gap, "bad": verdicts.count(False)}
+
+
 def main(rank: int, port: str, path: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
@@ -119,6 +156,8 @@ def main(rank: int, port: str, path: str) -> None:
     for name in ("adagrad", "adam", "adagrad_row"):
         found[f"ddp/{name}"] = modules(CASES[name], DistributedDataParallel)
         found[f"fsdp2/{name}"] = modules(CASES[name], lambda module: fully_shard(module, mesh=mesh))
+    for name in ("adam", "torch_adam", "torch_sgd"):
+        found[f"unasked/{name}"] = unasked(UNASKED[name], mesh)
     if rank == 0:
         with open(path, "w") as file:
             json.dump(found, file)

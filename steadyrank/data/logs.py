@@ -169,13 +169,14 @@ class ParquetLog:
             "left_out": [[name, *left_out] for name, left_out in self._left_out.items()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int) -> list[FileNote]:
+    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int | None) -> list[FileNote]:
         """Take the files in the order in which they were known, then new ones as `refresh` does.
 
         Args:
             state: What `state_dict` returned.
             rows_done: Rows from the start that will not be read again: their files may be gone.
-            rows_read: Rows that were read: a file after them may have changed, and is then taken as a new one.
+            rows_read: Rows that were read: a file after them may have changed, and is then taken as a new one. None to
+                have just what another process has.
 
         Returns:
             A note for each file that is new, or left out.
@@ -192,7 +193,7 @@ class ParquetLog:
             file = there.get(name)
             if file is not None and (file.rows, file.mark) == (rows, mark):
                 files.append(file)
-            elif first >= rows_read:
+            elif rows_read is not None and first >= rows_read:
                 continue  # nothing was learned from it: what is there now will do
             elif file is None and first + rows <= rows_done:
                 files.append(LogFile(name, self._folder.path(name), rows, mark, last_time))
@@ -205,7 +206,7 @@ class ParquetLog:
             first += rows
         self._left_out = {name: _LeftOut(*rest) for name, *rest in state["left_out"]}
         self._set_files(files)
-        return self.refresh()
+        return [] if rows_read is None else self.refresh()
 
     def _open_fitting(self, sizes: Mapping[str, int]) -> list[LogFile]:
         """Open files; pass over those that cannot be read or joined with the others, where the log is lenient."""

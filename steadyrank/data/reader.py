@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from .source import FileNote, Source
 T = TypeVar("T")
 
 US_PER_HOUR = US_PER_DAY // 24
+_TRIES, _PAUSE_S = 20, 0.5  # until a file that another rank sees is there
 _MIN_ROWS_FOR_SHARE = 1_000  # below so many rows a share of missing values says little
 _BEGUN = np.iinfo(np.int64).min  # the number of a window that is finished as it was cut
 
@@ -301,8 +303,11 @@ class Reader:
             rows += len(table)
 
     def refresh(self) -> list[FileNote]:
-        """Take what has been added to the log, and say what it is; the next call of `batches` reads it."""
-        return self.source.refresh()
+        """Take what has been added to the log, and say what it is; the next call of `batches` reads it.
+
+        Several ranks take what the first one sees: a file may be there for one of them sooner than for another.
+        """
+        return self._look_together(self.source.refresh, self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values: what was missing so far, and what the log is made of."""
@@ -329,7 +334,32 @@ class Reader:
         for kind in ("null", "non_finite"):
             getattr(self.missing, kind).update(state["missing"][kind])
         self._windows_counted, self._rows_read = state["windows_counted"], state["rows_read"]
-        return self.source.load_state_dict(state["source"], rows_done, self._rows_read)
+        load = partial(self.source.load_state_dict, state["source"], rows_done, self._rows_read)
+        return self._look_together(load, rows_done)
+
+    def _look_together(self, look: Callable[[], list[FileNote]], rows_done: int) -> list[FileNote]:
+        """Let the first rank look for files, and give the others the log that it has then."""
+        ranks = self.ranks
+        if ranks.size == 1:
+            return look()
+
+        def share() -> list[FileNote]:
+            notes, state = ranks.on_first(lambda: (look(), self.source.state_dict()))
+            ranks.together(lambda: None if ranks.is_first else self._take_over(state, rows_done))
+            return notes
+
+        return self._begin(share)()
+
+    def _take_over(self, state: Mapping[str, Any], rows_done: int) -> None:
+        """Have the log that the first rank has; on a disk of the network a new file may come in sight later here."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                self.source.load_state_dict(state, rows_done, None)
+                return
+            except DataError:
+                if not tries_left:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def _count(self, window: int, missing: Missing) -> None:
         """Count what is missing in a window with its last batch, and only once when it is read again."""

@@ -70,13 +70,14 @@ class Source(Protocol):
         """Return what the log is made of, as plain values."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int) -> list[FileNote]:
+    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int | None) -> list[FileNote]:
         """Give every row the number that it had when the state was taken, then `refresh`.
 
         Args:
             state: What `state_dict` returned.
             rows_done: Rows from the start that will not be read again: their files may be gone.
-            rows_read: Rows that were read: only a file after them may be another one than it was.
+            rows_read: Rows that were read: only a file after them may be another one than it was. None to have just
+                what another process has: no file is another one, and nothing new is looked for.
 
         Raises:
             DataError: A file that is needed changed or is gone.

@@ -425,7 +425,7 @@ class Stream:
         """Return nothing: the config says it all."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int) -> list[FileNote]:
+    def load_state_dict(self, state: Mapping[str, Any], rows_done: int, rows_read: int | None) -> list[FileNote]:
         """Do nothing: the rows are the same ones."""
         return []
 

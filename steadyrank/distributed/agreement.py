@@ -24,11 +24,6 @@ def check_together(settings: Mapping[str, Any], config: DistributedConfig, ranks
     if ranks.is_alone:
         return
     check_alike(settings, ranks)
-    if settings["train"]["follow"]:
-        raise ConfigError(
-            "train.follow: several ranks do not follow a growing log; train what is there, and go on with --resume "
-            "when more has come"
-        )
     if settings["train"]["quarantine_rows"] and config.shards_tables:
         raise ConfigError(
             "train.quarantine_rows: not for tables that TorchRec shards; set it to false, or distributed.tables = "

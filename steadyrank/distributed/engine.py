@@ -8,6 +8,7 @@ Shapes: N ranks, R touched rows of a table, D width.
 
 import importlib.util
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -21,8 +22,8 @@ from ..errors import ConfigError
 from ..models.embeddings import NumberInputs
 from ..models.ranker import Ranker
 from ..native.rows import coalesce
-from ..pace import Pace
 from ..ranks import Ranks
+from ..ranks.pace import Pace
 from ..schema import Batch
 from ..settings import Settings
 from ..shards import Rows, RowShards
@@ -57,6 +58,9 @@ class DistributedConfig(Settings):
         return found and self.tables != "replicated"
 
 
+_SPELT = {"ddp": "DDP", "fsdp2": "FSDP2"}
+
+
 class Engine:
     """Trains one model together with the other ranks; its parameters keep their names.
 
@@ -74,13 +78,13 @@ class Engine:
         dense: Literal["ddp", "fsdp2"] = "ddp",
         rows: Mapping[str, tuple[Rows, ...]] | None = None,
     ) -> None:
-        self.model, self.ranks, self.rows = model, ranks, dict(rows or {})
+        self.model, self.ranks, self.dense, self.rows = model, ranks, dense, dict(rows or {})
         self.has_whole_model = dense == "ddp" and not self.rows
         """Whether this rank can call the model by itself."""
         self.pace = Pace(ranks, next(model.parameters()).device)
         names = _table_names(model)
         held = dict(model.named_parameters())
-        self._tables = [held[name] for name in names]
+        self.tables = [held[name] for name in names]
         self._replicated = [held[name] for name in names if name not in self.rows]
         for module in model.modules():
             if isinstance(module, NumberInputs):
@@ -89,7 +93,7 @@ class Engine:
         if dense == "ddp":
             self._forward: nn.Module = _replicate(both, [f"model.{name}" for name in names])
         else:
-            _shard(model, set(self._tables), ranks)
+            _shard(model, set(self.tables), ranks)
             self._forward = both
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -102,10 +106,18 @@ class Engine:
     def backward(self, total: Tensor) -> None:
         """Leave the gradient of the whole batch's loss, of which `total` is this rank's part."""
         (total * self.ranks.size).backward()
-        for table in self._tables:
+        for table in self.tables:
             if table.grad is None:  # no row of it here: the others wait to hear so
                 table.grad = _no_rows(table)
         average_rows(self._replicated, self.ranks)
+
+    def merge(self, row: dict[str, float]) -> dict[str, float]:
+        """Return readings of a step in which the factor of a sharded table is the least of all ranks; a collective."""
+        names = [f"clip_factor/{name}" for name in self.rows if f"clip_factor/{name}" in row]
+        if names:
+            least = self.ranks.gather(torch.tensor([row[name] for name in names], dtype=torch.float64)).amin(0)
+            row |= dict(zip(names, least.tolist(), strict=True))
+        return row
 
     def held_rows(self) -> dict[str, tuple[int, int]] | None:
         """Return of every sharded table which rows are held here: the first, and how many; None where none is."""
@@ -180,6 +192,31 @@ def make_engine(model: Ranker, ranks: Ranks, config: DistributedConfig) -> Engin
         return None
     rows: Mapping[str, tuple[Rows, ...]] = getattr(model.tables, "rows", {})
     return Engine(model, ranks, config.dense, {f"tables.{name}": held for name, held in rows.items()})
+
+
+def describe_ranks(engine: Engine, idle: int = 0) -> dict[str, Any]:
+    """Return how a model is spread over ranks, as JSON takes it; `words` is for people.
+
+    Args:
+        engine: Trains it.
+        idle: Ranks that decode nothing of the log.
+    """
+    plan = getattr(getattr(engine.model, "tables", None), "plan", None)
+    found: dict[str, Any] = {"size": engine.ranks.size, "dense": engine.dense}
+    words = f"{engine.ranks.size} ranks: dense parameters by {_SPELT[engine.dense]}"
+    if plan is not None:
+        from .planning import describe
+
+        found |= {"tables": "torchrec", "plan": describe(plan)}
+        kinds = Counter(table["sharding"].replace("_", "-") for table in found["plan"]["tables"])
+        words += f", tables by TorchRec ({', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))})"
+    elif engine.tables:
+        found["tables"] = "replicated"
+        words += ", tables on every rank"
+    if idle:
+        some = "one of them decodes" if idle == 1 else f"{idle} of them decode"
+        words += f"; {some} nothing, since the log has fewer row groups than ranks: write more and smaller ones"
+    return {**found, "words": words}
 
 
 def average_rows(tables: Sequence[Tensor], ranks: Ranks) -> None:

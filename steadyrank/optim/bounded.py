@@ -44,7 +44,9 @@ class BoundedOptimizer(GuardedOptimizer):
 
     A parameter that is one rank's part of a table has the attributes `sharded_over`, the `Ranks` that hold all of it,
     and `sharded_rows` (ends of its pieces, and what makes a row here one of the whole table). What holds for a tensor
-    then holds for all parts together: the verdict, the factor, the calibration, the telemetry.
+    then holds for all parts together: the verdict, the factor, the calibration, the telemetry. With granularity "row"
+    there is none that would: no rank asks another (but for the calibration), a gradient is refused where it lies, and
+    `state["clip_factor"]` is the least of the rows here.
 
     A subclass says what the base does: `_before` (states that change before the step), `_deltas` and `_after` (states
     that change after it), each for a list of tensors.
@@ -204,7 +206,7 @@ class BoundedOptimizer(GuardedOptimizer):
         else:
             lr = torch.full((), lr, dtype=dtype, device=device)
         limit = kernels.gradient_limit(dtype, lr, self._floor(group))
-        usable_P = kernels.are_usable([each.grad for each in touched], limit, lr, _shards(touched))
+        usable_P = kernels.are_usable([each.grad for each in touched], limit, lr, _shards(touched, group))
         lr = kernels.keep_where(torch.isfinite(lr), lr)
         usable = list(usable_P.unbind())
         if self._in_chunks(touched, group):
@@ -287,11 +289,11 @@ class BoundedOptimizer(GuardedOptimizer):
     ) -> list[Tensor]:
         """Return each tensor's factors, in shapes that broadcast over it, and note them in the states."""
         if self._plain(group):
-            most_P = kernels.over_shards(kernels.largest(ratios), _shards(touched))
+            most_P = kernels.over_shards(kernels.largest(ratios), _shards(touched, group))
             factors = list(kernels.factor_of(most_P).unbind())
         else:
             worst = [self._worst(ratio, group) for ratio in ratios]
-            most_P = kernels.over_shards(kernels.largest(worst), _shards(touched))
+            most_P = kernels.over_shards(kernels.largest(worst), _shards(touched, group))
             by_row = [has_rows(ratio, group["granularity"]) for ratio in ratios]
             shared = zip(by_row, worst, most_P.unbind(), strict=True)
             factors = [kernels.factor_of(w if rows else most) for rows, w, most in shared]
@@ -360,7 +362,7 @@ class BoundedOptimizer(GuardedOptimizer):
 
     def _share_binding(self, each: Touched, ratio: Tensor) -> None:
         """Of a table cut over ranks: take the coordinate of the rank that has the worst, and the share over all."""
-        [ranks] = _shards([each])
+        [ranks] = kernels.shards_of([each.param])
         if ranks is None or ranks.is_alone:
             return
         binding, share, width = each.state[BINDING], each.state[BIND_FRAC], max(1, each.weight.shape[1:].numel())
@@ -400,11 +402,14 @@ def worst_of(ratio: Tensor, granularity: str) -> Tensor:
 
 
 def _kind_of(each: Touched) -> tuple[torch.device, torch.dtype, Ranks | None]:
-    [shards] = _shards([each])
+    [shards] = kernels.shards_of([each.param])
     return each.weight.device, each.weight.dtype, shards
 
 
-def _shards(touched: list[Touched]) -> list[Ranks | None]:
+def _shards(touched: list[Touched], group: dict[str, Any]) -> list[Ranks | None]:
+    """Return of each tensor the ranks that have to be asked; none where every row is judged by itself."""
+    if group["granularity"] == "row" and not group["calibration_steps"]:
+        return [None] * len(touched)
     return kernels.shards_of([each.param for each in touched])
 
 

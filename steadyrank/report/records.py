@@ -82,6 +82,7 @@ class Summary(TypedDict, total=False):
     rows: Number
     seconds: Number
     rows_per_s: Number
+    slow_rank: Text
     bad_steps: Number
     first_time_s: Number
     last_time_s: Number

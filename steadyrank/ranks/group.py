@@ -5,8 +5,10 @@ processes of one run, which are one user's.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,9 +16,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ConfigError, SteadyRankError
+from ..errors import ConfigError, SteadyRankError
+from .roster import Roster, meet
 
 T = TypeVar("T")
+
+
+class Waits:
+    """Seconds that a process has spent in what all of them do at once."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Count the time until the end of the block."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begun
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,10 @@ class Ranks:
     """Torch's process group for tensors on the model's device; None alone."""
     host: Any = None
     """One for what lies on the host: a gloo group."""
+    roster: Roster | None = field(default=None, repr=False)
+    """Who they are; None alone, or where others than `join` made the group."""
+    waits: Waits = field(default_factory=Waits, repr=False, compare=False)
+    """How long this one has waited for the others."""
 
     @property
     def is_first(self) -> bool:
@@ -52,7 +75,8 @@ class Ranks:
             return x[None]
         found = x.new_empty((self.size, *x.shape))
         group = self.host if x.device.type == "cpu" else self.group
-        dist.all_gather(list(found.unbind()), x.contiguous(), group=group)
+        with self.waits.noted():
+            dist.all_gather(list(found.unbind()), x.contiguous(), group=group)
         return found
 
     def gather_objects(self, value: T) -> list[T]:
@@ -60,7 +84,8 @@ class Ranks:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.host)
+        with self.waits.noted():
+            dist.all_gather_object(found, value, group=self.host)
         return found
 
     def collect(self, value: T) -> list[T]:
@@ -68,7 +93,8 @@ class Ranks:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.size if self.is_first else []
-        dist.gather_object(value, found if self.is_first else None, dst=0, group=self.host)
+        with self.waits.noted():
+            dist.gather_object(value, found if self.is_first else None, dst=0, group=self.host)
         return found
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -76,36 +102,37 @@ class Ranks:
         if self.is_alone:
             return value
         held = [value if self.rank == source else None]
-        dist.broadcast_object_list(held, src=source, group=self.host)
+        with self.waits.noted():
+            dist.broadcast_object_list(held, src=source, group=self.host)
         return held[0]  # type: ignore[return-value]  # of the source, which gave a T
 
     def on_first(self, do: Callable[[], T]) -> T:
         """Let the first rank do something; all return what it returned, or raise what it raised."""
         if self.is_alone:
             return do()
-        found: tuple[str, Any] = ("", None)
+        found: tuple[Any, ...] = ()
         if self.is_first:
             try:
-                found = ("done", do())
+                found = (True, do())
             except SteadyRankError as error:
-                found = ("failed", error)
-        how, value = self.broadcast(found)
-        if how == "failed":
-            raise value
+                found = (False, error, _system_error(error))
+        done, value, *cause = self.broadcast(found)
+        if not done:
+            raise value from cause[0]
         return value  # type: ignore[no-any-return]  # what `do` returned there
 
     def together(self, do: Callable[[], T]) -> T:
         """Let every rank do something; where it fails on one, all raise that error, the first rank's first."""
         if self.is_alone:
             return do()
-        error: SteadyRankError | None = None
+        failed: tuple[SteadyRankError, OSError | None] | None = None
         try:
             value = do()
-        except SteadyRankError as found:
-            error = found
-        for each in self.gather_objects(error):
+        except SteadyRankError as error:
+            failed = error, _system_error(error)
+        for each in self.gather_objects(failed):
             if each is not None:
-                raise each
+                raise each[0] from each[1]
         return value
 
     def any(self, flag: bool) -> bool:
@@ -116,11 +143,17 @@ class Ranks:
         """Return the same ranks with a process group of their own for the host: for a thread beside this one."""
         if self.is_alone:
             return self
-        return Ranks(self.rank, self.size, self.group, dist.new_group(backend="gloo"))
+        wait = None if self.roster is None else timedelta(seconds=self.roster.timeout_s)
+        return replace(self, host=dist.new_group(backend="gloo", timeout=wait), waits=Waits())
 
 
 ALONE = Ranks()
 """One process, without a process group."""
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """Return the system's error behind one of ours, which its pickle would lose, and with it whether a disk is full."""
+    return error.__cause__ if isinstance(error.__cause__, OSError) else None
 
 
 def started_together() -> bool:
@@ -141,6 +174,8 @@ def local_size() -> int:
 def join(device: torch.device, timeout_s: float) -> Ranks:
     """Meet the other processes that the launcher started, and return who is who.
 
+    gloo honours the timeout at every collective, also where packets vanish without a word; NCCL has a thread for that.
+
     Args:
         device: Where the model is: gloo serves a CPU, and NCCL a GPU.
         timeout_s: Seconds that one waits for another, here and at every collective.
@@ -149,37 +184,22 @@ def join(device: torch.device, timeout_s: float) -> Ranks:
         ConfigError: They do not meet.
     """
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    rank, size, wait = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        roster = meet(rank, size, timeout_s)
+        dist.init_process_group(backend, store=roster.open(), rank=rank, world_size=size, timeout=wait)
+        world = dist.group.WORLD
+        host = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
-            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} met no others at {where}: {error}; "
-            "start them with torchrun, on every machine the same command"
+            f"rank {rank} of {size} met no others at {where}: {error}; start them with torchrun, on every machine the "
+            "same command"
         ) from error
-    world = dist.group.WORLD
-    host = world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Ranks(dist.get_rank(), dist.get_world_size(), world, host)
+    return Ranks(rank, size, world, host, roster)
 
 
 def leave() -> None:
     """Say goodbye to the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _store() -> dist.Store:
-    """Return the launcher's own memory, which survives the processes that it started."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-
-
-def remember(key: str, value: str) -> None:
-    """Tell something to those that the launcher may start in the place of these."""
-    _store().set(key, value)
-
-
-def recall(key: str) -> str | None:
-    """Return what was to be remembered; None where nothing was."""
-    store = _store()
-    return store.get(key).decode() if store.check([key]) else None
