@@ -178,12 +178,12 @@ class Instruments:
         if near or len(self._explained) >= self.config.causes:
             return
         self._explained.append(step)
+        since = step
+        step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
         if not self._may_explain:
             words = "not looked for, since no rank has the whole model: steadyrank replay looks for it in one process"
             self.folder.event(step, "cause", f"{words} (--step {step})")
             return
-        since = step
-        step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
         with self.watch.paused():
             cause = self.find_cause(step, batch, why, self._earlier(step), since)
         try:

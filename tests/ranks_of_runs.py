@@ -45,7 +45,8 @@ def do(job: dict[str, Any], ranks: Ranks) -> str:
         parts = config.build(resume=resume, ranks=ranks)
         folder = open_folder(path, ranks) if resume else create_folder(config, path, ranks)
         with folder:
-            status: str = run(parts, folder, resume=resume, on_event=partial(feed, job))["status"]
+            on_event = partial(feed, job) if ranks.is_first else None
+            status: str = run(parts, folder, resume=resume, on_event=on_event)["status"]
         parts.reader.close()
         return status
     except SteadyRankError as error:
