@@ -117,7 +117,7 @@ def test_the_optimizers_page_names_every_option_and_rule() -> None:
         "README.md",
         "CONTRIBUTING.md",
         "recipes/README.md",
-        *(f"docs/{p}" for p in ("data.md", "instruments.md", "log.md", "optimizers.md", "survival.md")),
+        *(f"docs/{p}" for p in ("data.md", "instruments.md", "log.md", "optimizers.md", "scale.md", "survival.md")),
     ],
 )
 def test_links_lead_somewhere(page: str) -> None:
