@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
-from .errors import SteadyRankError, check_known
+from .errors import ConfigError, SteadyRankError, check_known
 from .terminal import bar, complain, errors, say, say_event
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .ranks import Ranks
     from .runs import RunFolder
 
+_TOGETHER = ("train", "demo")
+"""Commands that several processes do together."""
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -29,11 +31,19 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    """Answer the options that need no command."""
+def options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    """Answer the options that need no command; of several processes, refuse what one does."""
     if version:
         say(f"steadyrank {__version__}")
         raise typer.Exit
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and "RANK" in os.environ and context.invoked_subcommand not in (None, *_TOGETHER):
+        raise ConfigError(
+            f"steadyrank {context.invoked_subcommand} runs in one process, and {processes} were started; start it "
+            f"without torchrun, which is for {' and '.join(_TOGETHER)}"
+        )
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

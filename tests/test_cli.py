@@ -113,6 +113,12 @@ def test_help_shows_an_example(steadyrank: Call, command: str) -> None:
     assert f"Example: steadyrank {command}" in out
 
 
+def test_what_one_process_does_several_refuse(steadyrank: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    check_refused(steadyrank("report", "runs/a"), "report runs in one process, and 2 were started")
+
+
 def test_version(steadyrank: Call) -> None:
     assert re.fullmatch(r"steadyrank \d+\.\d+\.\d+", steadyrank("--version")[1].strip())
 

@@ -342,11 +342,13 @@ class _Arithmetic(NamedTuple):
         )
         enough = -(-total * 5 // (4 * max(1, self.budget - self.dense)))  # a fifth is left for what is exchanged
         more = f"at least {max(self.ranks + 1, enough):,} ranks" if self.budget > self.dense else "ranks of more memory"
+        lighter = any(self._state(slot) > 4 for slot in self.schema.tables.values())
+        state = ", or choose 'rowwise_adagrad' for optimizer.tables, which keeps 4 bytes a row" if lighter else ""
         return (
             f"the embedding tables do not fit on {self.ranks:,} ranks. They take {show(total)}: {'; '.join(lines)}"
             f"{f'; and {rest:,} smaller ones' if rest else ''}. There are {self.ranks:,} x ({show(self.budget)}{dense})"
-            f" = {show(held)}; {missing}. Take {more}, give the largest tables fewer rows or a smaller width, "
-            "or choose 'rowwise_adagrad' for optimizer.tables, which keeps 4 bytes a row"
+            f" = {show(held)}; {missing}. Take {more}, or give the largest tables fewer rows or a smaller width"
+            f"{state}"
         )
 
     def _state(self, slot: TableSlot) -> float:
