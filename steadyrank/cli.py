@@ -31,19 +31,11 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def options(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
-) -> None:
-    """Answer the options that need no command; of several processes, refuse what one does."""
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Answer the options that need no command."""
     if version:
         say(f"steadyrank {__version__}")
         raise typer.Exit
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and "RANK" in os.environ and context.invoked_subcommand not in (None, *_TOGETHER):
-        raise ConfigError(
-            f"steadyrank {context.invoked_subcommand} runs in one process, and {processes} were started; start it "
-            f"without torchrun, which is for {' and '.join(_TOGETHER)}"
-        )
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -263,6 +255,7 @@ def main() -> None:
     """Run the command line: exit code 2 for a wrong input, 1 for cells that failed, 130 for Ctrl-C."""
     _wait_politely()
     try:
+        _refuse_several(next((word for word in sys.argv[1:] if not word.startswith("-")), ""))
         app()
     except SteadyRankError as error:
         if _speaks(error):
@@ -272,6 +265,16 @@ def main() -> None:
         if end.code == 130:  # how typer answers Ctrl-C, without a word
             errors.print("stopped")
         raise
+
+
+def _refuse_several(command: str) -> None:
+    """Raise ConfigError where several processes were started for what one does."""
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if processes > 1 and command and command not in _TOGETHER:
+        raise ConfigError(
+            f"steadyrank {command} runs in one process, and {processes} were started; start it without torchrun, which "
+            f"is for {' and '.join(_TOGETHER)}"
+        )
 
 
 def _speaks(error: SteadyRankError) -> bool:
