@@ -35,6 +35,9 @@ from steadyrank.optim import (
 from steadyrank.ranks import Ranks
 from steadyrank.schema import Batch, Ragged, Schema, Share
 
+from . import own_tables
+from .own_tables import adagrad, gap, scalars
+
 FEATURES: dict[str, dict[str, Any]] = {
     "user": {"kind": "id", "rows": 40},
     "item.id": {"kind": "id", "rows": 30},
@@ -48,11 +51,6 @@ SCHEMA = Schema(features=FEATURES, tasks={"click": {"kind": "binary"}}, embeddin
 FORCED = {"user": ["row_wise"], "item.id": ["table_wise"], "tiny": ["row_wise"], "country": ["table_wise"],
           "tags": ["row_wise"], "phone": ["table_wise"]}  # fmt: skip
 ROWS = [9, 1, 12, 7]
-
-
-def adagrad(params: Any) -> torch.optim.Optimizer:
-    """Torch's; not from an empty accumulator, from where a first step is as large for rounding as for a gradient."""
-    return torch.optim.Adagrad(params, lr=0.5, initial_accumulator_value=0.1)
 
 
 CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -136,10 +134,6 @@ def whole(x: torch.Tensor, rows: Any, ranks: Ranks, columns: tuple[int, ...]) ->
     return total
 
 
-def gap(one: torch.Tensor, many: torch.Tensor) -> float:
-    return (one - many).abs().nan_to_num(nan=torch.inf).amax().item()
-
-
 def pair(ranks: Ranks, sharding: Any = None) -> tuple[EmbeddingTables, ShardedTables, bool]:
     """Both kinds of tables; and whether their generators are left in the same state."""
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
@@ -206,16 +200,6 @@ def spoil(one: EmbeddingTables, many: ShardedTables, ranks: Ranks) -> None:
         if mine + int(shifts[torch.searchsorted(ends, mine, right=True)]) == row:
             q.grad.values()[i, 0] = torch.nan
     assert ranks.gather(q.grad.values().isnan().sum()).sum() == 1
-
-
-def scalars(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return all states of one number: counts, factors and what a calibration found."""
-    return {
-        f"{index}/{key}": value.item()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and value.dim() == 0
-    }
 
 
 def train(name: str, one: EmbeddingTables, many: ShardedTables, ranks: Ranks) -> dict[str, Any]:
@@ -289,6 +273,7 @@ def main(rank: int, size: int, port: str, path: str) -> None:
     found: dict[str, Any] = {"once/forced": check_once(ranks, forced)}
     if size == 2:
         found["once/planned"] = check_once(ranks, None)
+        found |= own_tables.check(ranks)
     one, many, _ = pair(ranks, forced)
     for name in CASES if size == 2 else ("adagrad_tensor", "adam_tensor", "global_norm"):
         found[f"train/{name}"] = train(name, one, many, ranks)

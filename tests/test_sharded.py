@@ -96,6 +96,54 @@ def test_what_cannot_be_done_over_ranks_is_refused(found: dict[str, Any]) -> Non
     )
 
 
+OWN = [f"tables.embedding_bags.{name}.weight" for name in ("user", "item", "tag", "city", "place", "one")]
+
+
+@pytest.mark.parametrize("name", ["row", "tensor", "rowwise", "torch", "norm"])
+def test_tables_of_an_own_loop_learn_as_torchs_do_in_one_process(found: dict[str, Any], name: str) -> None:
+    case = found[f"own/{name}"]
+    assert case["names"] == OWN
+    assert case["rows"] == [[6, 7, 5, 0, 2, 1], [5, 0, 0, 6, 1, 0]], "each rank is without rows of some tables"
+    assert case["rest"] == [2, 2], "the dense layer is not among the tables"
+    assert case["loaded"] == case["again"] == 0.0, "TorchRec's state_dict is loaded by whoever holds the rows"
+    assert case["sparse"]
+    assert case["gap"] <= 1e-6
+    assert case["moved"] > 1
+    one, many = case["scalars"]
+    assert many == pytest.approx(one, rel=1e-4, abs=1e-6)
+    assert case["alike"]
+    if name in ("row", "tensor"):
+        assert 0 < many["0/clip_factor"] < 0.1, "nothing was clipped"
+
+
+def test_tables_of_an_own_loop_start_and_look_up_as_torchrecs_do(found: dict[str, Any]) -> None:
+    begun = found["own/begin"]
+    assert begun["bounds"], "TorchRec starts a table of R rows between -1/sqrt(R) and 1/sqrt(R)"
+    assert begun["asked"], "init_fn is not used"
+    assert begun["as_fused"] == 0.0
+    assert begun["keys"], "the state_dict has other names"
+    assert begun["beside"] == [name for name in OWN if "tag" not in name], "data-parallel tables are left alone"
+    assert begun["put_back"]
+
+
+def test_the_example_of_an_own_loop_shows_what_it_says(found: dict[str, Any]) -> None:
+    case = found["own/example"]
+    (fused, none), (loss, factor) = case["fused"], case["row"]
+    assert none == 1.0
+    assert 0 < factor < 0.01
+    assert loss < 0.2 < 10 < fused
+
+
+def test_tables_that_cannot_have_sparse_gradients_are_refused(found: dict[str, Any]) -> None:
+    refused = found["own/refused"]
+    assert "table 'tag' is planned as 'column_wise' with the kernel 'fused'" in refused["columns"]
+    assert "compute_kernels=['fused']" in refused["dense"]
+    assert "table 'user' has weights in FP16" in refused["half"]
+    assert "the optimizer exact_sgd for the fused kernel, which would never step" in refused["optimizer"]
+    assert "an EmbeddingCollection cannot be sharded" in refused["sequence"]
+    assert "inside of `with sparse_gradients():`" in refused["none"]
+
+
 @pytest.mark.slow
 def test_four_processes_on_two_machines(tmp_path: Path) -> None:
     found = run_together(4, tmp_path / "found.json")

@@ -15,9 +15,7 @@ Shapes: B rows of this rank's slice, S rows as they are sent, F features, N ids,
 """
 
 import os
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from ..ranks import Ranks
 from ..schema import Batch, Schema
 from ..shards import Rows
 from .planning import StateBytes, TablesPlan, bags_of, feature_keys, load_torchrec, memory_of, plan_for, sharder
+from .unfused import empty_gradient, mute_renamings, own_kernel, rows_first
 
 
 class ShardedTables(Tables):
@@ -78,8 +77,7 @@ class ShardedTables(Tables):
     ) -> None:
         super().__init__(schema)
         load_torchrec()
-        # TorchRec calls collectives by names that newer torch has others for: nothing that a user could change.
-        warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+        mute_renamings()
         self.ranks = ranks
         self.plan = self._agree_on_plan(schema, device, batch_rows, dense_bytes, state_bytes, budget_bytes, sharding)
         self.rows: dict[str, tuple[Rows, ...]] = {}
@@ -118,11 +116,7 @@ class ShardedTables(Tables):
         """Give an empty gradient to weights that have none, after backward: ranks then step alike."""
         for weight in self.weights.values():
             if weight.grad is None:
-                rows = torch.empty(1, 0, dtype=torch.int64, device=weight.device)
-                values = weight.new_empty(0, weight.shape[1])
-                weight.grad = torch.sparse_coo_tensor(
-                    rows, values, weight.shape, is_coalesced=True, check_invariants=False
-                )
+                weight.grad = empty_gradient(weight)
 
     def _agree_on_plan(self, schema: Schema, device: torch.device, batch_rows: int, dense_bytes: int,
                        state_bytes: StateBytes | None, budget_bytes: int | None,
@@ -146,7 +140,7 @@ class ShardedTables(Tables):
     def _shard(self, schema: Schema, device: torch.device, places: dict[str, int]) -> Any:
         with_lists = {schema.slot(name).width for name in schema.list_features}
         types, parallel = import_module("torchrec.distributed.types"), import_module("torchrec.distributed")
-        with _own_kernel(_kernel(dict(self.weights), places, with_lists)):
+        with own_kernel(_kernel(dict(self.weights), places, with_lists)):
             return parallel.DistributedModelParallel(
                 bags_of(schema),
                 env=types.ShardingEnv.from_process_group(self.ranks.group),
@@ -221,18 +215,6 @@ def _row_numbers(rows: Sequence[Rows], device: torch.device) -> Int64[Tensor, "2
     return torch.stack([ends, firsts - (ends - counts)]).to(device)
 
 
-@contextmanager
-def _own_kernel(make: Callable[..., Any]) -> Iterator[None]:
-    """Let TorchRec make our lookup in place of its fused kernel."""
-    module: Any = import_module("torchrec.distributed.embedding_lookup")
-    theirs = module.BatchedFusedEmbeddingBag
-    module.BatchedFusedEmbeddingBag = make
-    try:
-        yield
-    finally:
-        module.BatchedFusedEmbeddingBag = theirs
-
-
 def _kernel(
     weights: Mapping[str, Tensor], places: Mapping[str, int], with_lists: Collection[int]
 ) -> Callable[..., Any]:
@@ -281,7 +263,6 @@ def _kernel(
                 )
                 found = LookUp.apply(weight_RD, ids_N, weight_RD.dtype)
                 pooled = found.new_zeros(len(lengths), self.width).index_copy(0, bags_N, found)
-            # From [F * B, D] to [B, F * D], as TorchRec expects it.
-            return pooled.view(count, -1, self.width).transpose(0, 1).reshape(-1, count * self.width)
+            return rows_first(pooled, count)
 
     return Bags

@@ -74,6 +74,11 @@ class Task(TypedDict, total=False):
 
 
 @_open
+class Spread(TypedDict, total=False):
+    words: Text
+
+
+@_open
 class Summary(TypedDict, total=False):
     name: Text
     status: Text
@@ -82,6 +87,7 @@ class Summary(TypedDict, total=False):
     rows: Number
     seconds: Number
     rows_per_s: Number
+    ranks: Spread
     slow_rank: Text
     bad_steps: Number
     first_time_s: Number

@@ -214,6 +214,7 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Rows", format_count(summary.get("rows"))),
         ("Rows per second", format_count(summary.get("rows_per_s"))),
         ("Duration", _duration(summary.get("seconds"))),
+        ("Ranks", summary.get("ranks", {}).get("words", "–")),
         ("A slow rank", summary.get("slow_rank") or "–"),
         ("Log from", first),
         ("Log to", last),
