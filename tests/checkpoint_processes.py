@@ -1,4 +1,4 @@
-"""What test_sharded_checkpoints.py runs in two processes: python -m tests.checkpoint_processes RANK PORT FOLDER.
+"""What test_sharded_checkpoints.py runs in two processes: python -m tests.checkpoint_processes RANK SIZE PORT FOLDER.
 
 They save one state together, then try to save others, and each writes what it saw as JSON.
 """
@@ -147,4 +147,4 @@ def main(rank: int, port: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[3], Path(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""What test_deal.py runs in each of three processes: python -m tests.deal_processes RANK PORT FOLDER.
+"""What test_deal.py runs in each of three processes: python -m tests.deal_processes RANK SIZE PORT FOLDER.
 
 Every check reads a log with all ranks and with one process, and the first rank writes what differs as JSON.
 """
@@ -389,4 +389,4 @@ def main(rank: int, port: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[3], sys.argv[4])

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ def main(rank: int, size: int, port: str, path: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     ranks = join(torch.device("cpu"), 60.0)
     found = []
     for job in json.loads(Path(path).read_text()):

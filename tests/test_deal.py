@@ -1,9 +1,6 @@
 """A log dealt to three processes: slices of the batches of one, and the same errors in the same places."""
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,7 @@ from steadyrank.data.stream import Stream, StreamConfig
 from steadyrank.ranks import Ranks
 
 from .deal_processes import CONFIGS, SCHEMA, SIZE, SPOILT, write_log
-
-ROOT = Path(__file__).resolve().parents[1]
-
-needs_gloo = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo here"
-)
+from .together import needs_gloo, run_together
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
@@ -89,24 +81,7 @@ def test_one_rank_of_one_reads_as_before(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("deal")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.deal_processes", str(rank), port, str(path)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(SIZE)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * SIZE, "\n".join(errors)[-4000:]
+    run_together("deal_processes", SIZE, path)
     read: dict[str, Any] = json.loads((path / "found.json").read_text())
     return read
 

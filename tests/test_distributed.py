@@ -2,9 +2,6 @@
 
 import json
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +20,9 @@ from .days import follow, log, write_day
 from .faults import assert_same
 from .test_survival import RECOVERS, UNITS
 from .tiny import tiny, train
+from .together import needs_gloo, run_together
 
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo here"
-)
+pytestmark = needs_gloo
 TORCHREC = find_spec("torchrec") is not None
 WATCHED = (
     "watch.look_every=2",
@@ -75,20 +70,7 @@ def start(size: int, jobs: Sequence[Mapping[str, Any]], folder: Path) -> list[li
     path = folder / "jobs.json"
     path.write_text(json.dumps([{**job, "folder": str(job["folder"]), "toml": job["config"].to_toml()} | {"config": ""}
                                 for job in jobs]))  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "error", "-m", "tests.ranks_of_runs"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(size), port, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(said)[-6000:]
+    run_together("ranks_of_runs", size, path)
     return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(size)]
 
 
@@ -127,7 +109,7 @@ LOOSE = {
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("one")
-    for tables in TABLES:
+    for _, _, tables in CASES.values():
         train(job(tables), folder / tables)
     train(job("clippy by tensor", SAVES), folder / "saves")
     train(GOES_BACK, folder / "goes back")
@@ -142,9 +124,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES = {
     "ddp, replicated": ("ddp", "replicated", "rowwise"),
-    "fsdp2, replicated": ("fsdp2", "replicated", "clippy by tensor"),
     "ddp, torchrec, tensor": ("ddp", "torchrec", "clippy by tensor"),
     "fsdp2, torchrec, row": ("fsdp2", "torchrec", "clippy by row"),
+}
+MORE = {
+    "fsdp2, replicated": ("fsdp2", "replicated", "clippy by tensor"),
     "ddp, torchrec, adam": ("ddp", "torchrec", "clippy adam"),
 }
 
@@ -283,13 +267,16 @@ def test_all_ranks_follow_a_growing_log(two: Path, one: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks_train_as_one_process(one: Path, tmp_path: Path) -> None:
-    """Some of their batches have fewer rows than there are ranks."""
+@pytest.mark.parametrize("size", [2, 4])
+def test_more_ranks_and_ways_train_as_one_process(size: int, one: Path, tmp_path: Path) -> None:
+    """Some batches have fewer rows than there are ranks."""
+    cases = {**CASES, **MORE} if size > 2 else MORE
+    train(job("clippy adam"), tmp_path / "clippy adam")
     jobs = [
         {"config": spread(job(of), dense, tables), "folder": tmp_path / name}
-        for name, (dense, tables, of) in CASES.items()
+        for name, (dense, tables, of) in cases.items()
     ]
-    said = start(4, jobs, tmp_path)
-    assert said == [["finished"] * len(jobs)] * 4
-    for name, (_, _, of) in CASES.items():
-        assert_alike(one / of, tmp_path / name)
+    said = start(size, jobs, tmp_path)
+    assert said == [["finished"] * len(jobs)] * size
+    for name, (_, _, of) in cases.items():
+        assert_alike((tmp_path if of == "clippy adam" else one) / of, tmp_path / name)

@@ -1,39 +1,19 @@
 """Two processes with sharded or replicated parameters take the step of one process with whole ones."""
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from .together import needs_gloo, run_together
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo here"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("two") / "found.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.two_processes"]
-    both = [
-        subprocess.Popen([*command, str(rank), port, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)[-4000:]
+    run_together("two_processes", 2, path)
     read: dict[str, Any] = json.loads(path.read_text())
     return read
 

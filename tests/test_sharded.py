@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +11,22 @@ from steadyrank.distributed.planning import describe, plan_for
 from steadyrank.errors import ConfigError
 from steadyrank.schema import Schema
 
+from .together import run_together
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchrec") is None, reason="TorchRec is not installed")
 
-ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 
 
-def run_together(size: int, path: Path) -> dict[str, Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.sharded_processes"]
-    every = [
-        subprocess.Popen([*command, str(i), str(size), port, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for i in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in every]
-    finally:
-        for process in every:
-            process.kill()
-    assert [process.returncode for process in every] == [0] * size, "\n".join(errors)[-4000:]
+def find(size: int, path: Path) -> dict[str, Any]:
+    run_together("sharded_processes", size, path)
     read: dict[str, Any] = json.loads(path.read_text())
     return read
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_together(2, tmp_path_factory.mktemp("sharded") / "found.json")
+    return find(2, tmp_path_factory.mktemp("sharded") / "found.json")
 
 
 def check_tables(case: dict[str, Any]) -> None:
@@ -146,7 +131,7 @@ def test_tables_that_cannot_have_sparse_gradients_are_refused(found: dict[str, A
 
 @pytest.mark.slow
 def test_four_processes_on_two_machines(tmp_path: Path) -> None:
-    found = run_together(4, tmp_path / "found.json")
+    found = find(4, tmp_path / "found.json")
     check_tables(found["once/forced"])
     assert found["once/forced"]["plan"]["user"] == "table_row_wise"
     for name in ("adagrad_tensor", "adam_tensor", "global_norm"):

@@ -4,9 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,35 +18,19 @@ from steadyrank.errors import CheckpointError
 
 from .checkpoint_processes import FULL, TABLES, plain, rows_of, whole
 from .test_checkpoints import forge
+from .together import needs_gloo, run_together
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARDS = ["shard-00001.safetensors", "shard-00002.safetensors"]
 ROWS = ("weight", "moment", "sum", "cube", "seen")
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo here"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Return the folder that two processes saved into, and what each of them saw."""
     path = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.checkpoint_processes"]
-    both = [
-        subprocess.Popen([*command, str(rank), port, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=100)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)[-4000:]
-    assert errors == ["", ""]  # torch says nothing
+    assert run_together("checkpoint_processes", 2, path) == ["", ""]  # torch says nothing
     return path / "checkpoints", [json.loads((path / f"found_{rank}.json").read_text()) for rank in (0, 1)]
 
 

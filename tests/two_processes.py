@@ -1,4 +1,4 @@
-"""What test_optim_distributed.py runs in each of two processes: python -m tests.two_processes RANK PORT FILE.
+"""What test_optim_distributed.py runs in each of two processes: python -m tests.two_processes RANK SIZE PORT FILE.
 
 Every check trains a model with sharded or replicated parameters beside the same model in one process, and writes the
 largest difference as JSON.
@@ -167,4 +167,4 @@ def main(rank: int, port: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[3], sys.argv[4])

@@ -27,6 +27,7 @@ from ..ranks.pace import Pace
 from ..schema import Batch
 from ..settings import Settings
 from ..shards import Rows, RowShards
+from .unfused import empty_gradient
 
 
 class DistributedConfig(Settings):
@@ -108,7 +109,7 @@ class Engine:
         (total * self.ranks.size).backward()
         for table in self.tables:
             if table.grad is None:  # no row of it here: the others wait to hear so
-                table.grad = _no_rows(table)
+                table.grad = empty_gradient(table)
         average_rows(self._replicated, self.ranks)
 
     def merge(self, row: dict[str, float]) -> dict[str, float]:
@@ -284,8 +285,3 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 def _table_names(model: nn.Module) -> list[str]:
     names = getattr(model, "table_names", list)
     return list(names())
-
-
-def _no_rows(table: Tensor) -> Tensor:
-    rows = torch.empty(1, 0, dtype=torch.int64, device=table.device)
-    return torch.sparse_coo_tensor(rows, table.new_zeros(0, *table.shape[1:]), table.shape, is_coalesced=True)
