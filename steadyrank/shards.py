@@ -5,6 +5,7 @@ entry DCP_SHARDING_INFO tells where in the whole tensor each part begins. Nothin
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -237,6 +238,15 @@ def _save(tensors: Mapping[str, Part | Tensor], path: Path, final: Path, ranks: 
                 raise cause from None
         told = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in causes.items())
         raise CheckpointError(f"cannot write {final}: {told}") from failed
+
+
+def can_save() -> bool:
+    """Say whether this version of torch saves what lies in parts on several ranks as safetensors."""
+    try:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    except ImportError:
+        return False
+    return "save_distributed" in inspect.signature(HuggingFaceStorageWriter.__init__).parameters
 
 
 def dense(value: Tensor, storages: set[int]) -> Tensor:

@@ -130,7 +130,14 @@ def test_the_commands_of_the_pages_exist() -> None:
     from steadyrank.cli import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
-    pages = ("README.md", "docs/data.md", "docs/instruments.md", "docs/survival.md", "recipes/README.md")
+    pages = (
+        "README.md",
+        "docs/data.md",
+        "docs/instruments.md",
+        "docs/scale.md",
+        "docs/survival.md",
+        "recipes/README.md",
+    )
     text = "".join((ROOT / page).read_text() for page in pages)
     used = set(re.findall(r"^steadyrank (\w+)", text, re.M)) | set(re.findall(r"`steadyrank (\w+)", text))
     assert used <= known

@@ -8,6 +8,7 @@ from ..checkpoints import version_of
 from ..errors import ConfigError
 from ..ranks import Ranks
 from ..settings import flatten
+from ..shards import can_save
 from .engine import DistributedConfig
 
 _PACKAGES = ("steadyrank", "torch", "numpy", "pyarrow", "torchrec")
@@ -24,6 +25,11 @@ def check_together(settings: Mapping[str, Any], config: DistributedConfig, ranks
     if ranks.is_alone:
         return
     check_alike(settings, ranks)
+    if (config.dense == "fsdp2" or config.shards_tables) and not can_save():
+        raise ConfigError(
+            f"torch {version_of('torch')} cannot save what lies on several ranks; install a newer one, or set "
+            "distributed.dense = 'ddp' and distributed.tables = 'replicated'"
+        )
     if settings["train"]["quarantine_rows"] and config.shards_tables:
         raise ConfigError(
             "train.quarantine_rows: not for tables that TorchRec shards; set it to false, or distributed.tables = "
