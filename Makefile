@@ -28,7 +28,7 @@ demo: $(BIN)/.package  ## Train on the generated stream and write a report
 	$(BIN)/steadyrank demo --out $(DEMO_OUT) --overwrite
 
 test: $(BIN)/.dev  ## Run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(BIN)/.dev  ## Run the slow tests too
 	$(BIN)/python -m pytest -q -m "not gpu"
