@@ -1,7 +1,7 @@
 """The instruments of a run: a `Watch`, what a cause report needs to remember, and where readings go."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,7 @@ class Instruments:
         engine: Engine | None = None,
     ) -> None:
         self.model, self.reader, self.config, self.folder = model, reader, config, folder
-        self.ranks = ALONE if engine is None else engine.ranks
+        self._engine, self.ranks = engine, ALONE if engine is None else engine.ranks
         self._merger = Merger(write, self.ranks, engine is not None and bool(engine.rows))
         self._may_explain = self.ranks.is_first and (engine is None or engine.has_whole_model)
         self.schema = reader.schema
@@ -184,7 +184,7 @@ class Instruments:
             words = "not looked for, since no rank has the whole model: steadyrank replay looks for it in one process"
             self.folder.event(step, "cause", f"{words} (--step {step})")
             return
-        with self.watch.paused():
+        with self.watch.paused(), nullcontext() if self._engine is None else self._engine.by_itself():
             cause = self.find_cause(step, batch, why, self._earlier(step), since)
         try:
             path = self.folder.write_cause(step, cause.as_dict())

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..models.embeddings import NumberInputs
 from ..models.ranker import Ranker
 from ..native.rows import coalesce
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..ranks.pace import Pace
 from ..schema import Batch
 from ..settings import Settings
@@ -87,15 +87,27 @@ class Engine:
         held = dict(model.named_parameters())
         self.tables = [held[name] for name in names]
         self._replicated = [held[name] for name in names if name not in self.rows]
-        for module in model.modules():
-            if isinstance(module, NumberInputs):
-                module.ranks = ranks
+        self._numbers = [module for module in model.modules() if isinstance(module, NumberInputs)]
+        self._set_ranks(ranks)
         both = _Both(model)
         if dense == "ddp":
             self._forward: nn.Module = _replicate(both, [f"model.{name}" for name in names])
         else:
             _shard(model, set(self.tables), ranks)
             self._forward = both
+
+    def _set_ranks(self, ranks: Ranks) -> None:
+        for module in self._numbers:
+            module.ranks = ranks
+
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        """Let this rank call the whole model that it has, while the others do something else."""
+        self._set_ranks(ALONE)
+        try:
+            yield
+        finally:
+            self._set_ranks(self.ranks)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (serving, training) logits of this rank's rows."""
