@@ -20,7 +20,7 @@ from .distributed.agreement import check_together
 from .distributed.engine import DistributedConfig, describe_ranks, make_engine
 from .errors import CheckpointError, ConfigError, near_path, nearest
 from .models.embeddings import EmbeddingTables, MakeTables
-from .models.memory import check_memory
+from .models.memory import check_memory, dense_bytes
 from .models.ranker import ModelConfig, Ranker
 from .monitors.watch import WatchConfig
 from .optim import (
@@ -193,6 +193,7 @@ class RunConfig(Settings):
                 ranks=ranks,
                 device=device or torch.device("cpu"),
                 batch_rows=-(-self.reader.batch_size // ranks.size),
+                dense_bytes=dense_bytes(self.schema_, self.model),
                 state_bytes=partial(state_bytes_per_row, self.optimizer.tables),
                 budget_bytes=None if self.distributed.memory_gb is None else int(self.distributed.memory_gb * 1e9),
             )
@@ -234,8 +235,8 @@ class RunConfig(Settings):
         settings = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         check_together(settings, self.distributed, ranks)
         device = find_device(self.train.device)
-        open_reader = partial(self.build_reader, source or self.source(grows=resume), pin_memory=device.type == "cuda")
-        reader = open_reader(ranks=ranks.another())
+        source = source or self.source(grows=resume)
+        reader = self.build_reader(source, pin_memory=device.type == "cuda", ranks=ranks.another())
         if announce is not None:
             announce(self.check_memory(reader, ranks))
         native.prepare()  # the compiler runs while weights are drawn and the first window is read

@@ -128,7 +128,7 @@ def judge(
     return found._replace(quarantined=_count_rows(held, quarantined, found.ok))
 
 
-class Parts(NamedTuple):
+class Totals(NamedTuple):
     """What one rank's rows of a batch say; over all ranks, the whole batch."""
 
     total: Float[Tensor, ""]
@@ -142,16 +142,16 @@ class Parts(NamedTuple):
 def judge_together(
     ranks: Ranks,
     parameters: Iterable[Tensor],
-    parts: Parts,
+    totals: Totals,
     quarantined: Mapping[Tensor, Rows] | None = None,
     statistics: Sequence[tuple[Tensor, Tensor]] = (),
-) -> tuple[Verdict, Parts]:
+) -> tuple[Verdict, Totals]:
     """Form the verdict of several ranks, the same on all, from one reduction; it brings the losses with it.
 
     Args:
         ranks: Who trains together; each has its rows of the batch, and of the tables that are sharded.
         parameters: As in `judge`; on all ranks the same ones have a gradient.
-        parts: What this rank's rows say.
+        totals: What this rank's rows say.
         quarantined: As in `judge`.
         statistics: As in `judge`.
 
@@ -161,12 +161,12 @@ def judge_together(
     held = [p for p in parameters if p.grad is not None]
     values = [kernels.local(_values(p)) for p in held]
     limits = [gradient_limit(value.dtype) for value in values]
-    here = _judge_there(parts.losses, values, limits, statistics)
+    here = _judge_there(totals.losses, values, limits, statistics)
     assert here.bad_statistics is not None
-    sums = [parts.total[None], parts.losses, here.bad_parameters, here.bad_statistics[None]]
-    tops = [parts.logits, here.largest]
+    sums = [totals.total[None], totals.losses, here.bad_parameters, here.bad_statistics[None]]
+    tops = [totals.logits, here.largest]
     sizes = [len(x) for x in sums + tops]
-    every = ranks.gather(torch.cat([x.to(parts.losses) for x in sums + tops])).split(sizes, 1)
+    every = ranks.gather(torch.cat([x.to(totals.losses) for x in sums + tops])).split(sizes, 1)
     total, losses_K, bad_P, broken = (x.sum(0) for x in every[: len(sums)])  # on all ranks the same bits
     logits_K, largest_P = (x.amax(0) for x in every[len(sums) :])
     bad_tasks_K, bad_parameters_P, bad_statistics = ~torch.isfinite(losses_K), bad_P > 0, broken[0] > 0
@@ -174,7 +174,7 @@ def judge_together(
     verdict = Verdict(ok, bad_tasks_K, bad_parameters_P, largest_P, bad_statistics=bad_statistics)
     if quarantined is not None:
         verdict = verdict._replace(quarantined=_count_rows(held, quarantined, ok))
-    return verdict, Parts(total[0], losses_K, logits_K)
+    return verdict, Totals(total[0], losses_K, logits_K)
 
 
 def _judge_here(

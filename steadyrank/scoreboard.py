@@ -142,14 +142,10 @@ class Pending:
         """Bring the scores to the host in one copy, and count them with those of the other ranks' rows."""
         if not self._held:
             return
-        batches = [batch for batch, _ in self._held]
+        batches = [batch if self._ranks.is_alone else _without_inputs(batch) for batch, _ in self._held]
         scores = torch.cat([scores_BK for _, scores_BK in self._held]).float().cpu()
         self._held = []
-        if self._ranks.is_alone:
-            for batch, scores_BK in zip(batches, scores.split([len(batch) for batch in batches]), strict=True):
-                self._board.add(batch, scores_BK)
-            return
-        each = self._ranks.collect(([_without_inputs(batch) for batch in batches], scores))
+        each = self._ranks.collect((batches, scores))
         parts = [scores.split([len(batch) for batch in batches]) for batches, scores in each]
         for step in range(len(batches) if each else 0):
             whole = Batch.cat([batches[step] for batches, _ in each])

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .guard import Before, Parts, Verdict, forget_step, judge, judge_together, may_ask, quarantine, step_where_ok
+from .guard import Before, Totals, Verdict, forget_step, judge, judge_together, may_ask, quarantine, step_where_ok
 from .guard import guard as guard
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
@@ -103,7 +103,7 @@ def train_step(
     else:
         engine.backward(total)
         bad_rows = quarantine(parameters, ask) if quarantine_rows else None
-        here = Parts(total.detach(), parts_K.detach(), _largest(logits_BK.detach()))
+        here = Totals(total.detach(), parts_K.detach(), _largest(logits_BK.detach()))
         verdict, whole = judge_together(engine.ranks, parameters, here, bad_rows, before.statistics())
         total, parts_K = whole.total, whole.losses
         if watch is not None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from steadyrank.distributed.planning import describe
 from steadyrank.distributed.sharded import ShardedTables
+from steadyrank.distributed.unfused import empty_gradient
 from steadyrank.errors import ConfigError
 from steadyrank.models.embeddings import EmbeddingTables
 from steadyrank.optim import (
@@ -110,6 +111,13 @@ def slice_of(batch: Batch, ranks: Ranks) -> Batch:
     return Batch(**{**mine.__dict__, "share": Share(len(batch), 0, 0, batch.weights.sum(0))})
 
 
+def fill_gradients(tables: ShardedTables) -> None:
+    """Give an empty gradient to weights that have none, as a run's engine does."""
+    for weight in tables.weights.values():
+        if weight.grad is None:
+            weight.grad = empty_gradient(weight)
+
+
 def loss_of(x_BD: torch.Tensor, batch: Batch, rows: int, spike: float = 1.0) -> torch.Tensor:
     """A sum over rows, divided by those of the whole batch; with a third power, so that embeddings matter."""
     v = torch.linspace(-1, 1, x_BD.shape[1]) * spike
@@ -173,7 +181,7 @@ def check_once(ranks: Ranks, sharding: Any) -> dict[str, Any]:
         many.zero_grad()
         loss_of(x_one, batch, rows).backward()
         (loss_of(x_many, mine, rows) * ranks.size).backward()
-        many.fill_gradients()
+        fill_gradients(many)
         for (key, p), q in zip(one.weights.items(), many.weights.values(), strict=True):
             assert p.grad is not None
             assert q.grad is not None
@@ -213,7 +221,7 @@ def train(name: str, one: EmbeddingTables, many: ShardedTables, ranks: Ranks) ->
             optimizer.zero_grad()
         loss_of(one(batch), batch, len(batch), spike).backward()
         (loss_of(many(mine), mine, len(batch), spike) * ranks.size).backward()
-        many.fill_gradients()
+        fill_gradients(many)
         if step == 6 and name not in UNGUARDED:
             spoil(one, many, ranks)
         for optimizer in made:
@@ -241,7 +249,7 @@ def refusals(many: ShardedTables, ranks: Ranks) -> dict[str, str]:
     """What is said where something cannot be done."""
     mine = slice_of(make_batch(0, 8), ranks)
     loss_of(many(mine), mine, 8).backward()
-    many.fill_gradients()
+    fill_gradients(many)
 
     def overfull() -> None:
         ShardedTables(

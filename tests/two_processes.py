@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from steadyrank.guard import Before, Parts, forget_step, judge_together, step_where_ok
+from steadyrank.guard import Before, Totals, forget_step, judge_together, step_where_ok
 from steadyrank.optim import (
     AGC,
     ClipGlobalNorm,
@@ -133,8 +133,8 @@ def unasked(make: Callable[[Any], torch.optim.Optimizer], mesh: DeviceMesh) -> d
             model(x).square().mean().backward()
             if bad and ranks.rank == 1:
                 next(model.parameters()).grad.to_local().view(-1)[0] = torch.nan
-            parts = Parts(torch.ones(()), torch.ones(1), torch.zeros(1))
-            verdict, _ = judge_together(ranks, model.parameters(), parts, statistics=before.statistics())
+            totals = Totals(torch.ones(()), torch.ones(1), torch.zeros(1))
+            verdict, _ = judge_together(ranks, model.parameters(), totals, statistics=before.statistics())
             asked = step_where_ok([optimizer], verdict, before, ask=False)
             if not asked and bad:
                 forget_step([optimizer], list(model.parameters()))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any
 
 from ..ranks import Ranks
 
@@ -103,13 +102,9 @@ class Merger:
     def flush(self) -> None:
         """Write what was taken; a collective."""
         held, self._held = self._held, []
-        if self._ranks.is_alone:
-            each: list[Any] = [held]
-        else:
-            each = self._ranks.collect(held)
         of: dict[tuple[str, int], list[dict[str, float]]] = {}
-        for rows in each:
-            for table, step, row in rows:
+        for each in self._ranks.collect(held):
+            for table, step, row in each:
                 of.setdefault((table, step), []).append(row)
         for (table, step), rows in of.items():
             self._write(table, step, merge_rows(rows, self._sharded))

@@ -31,7 +31,7 @@ from ..ranks import Ranks
 from ..schema import Batch, Schema
 from ..shards import Rows
 from .planning import StateBytes, TablesPlan, bags_of, feature_keys, load_torchrec, memory_of, plan_for, sharder
-from .unfused import empty_gradient, mute_renamings, own_kernel, rows_first
+from .unfused import mute_renamings, own_kernel, rows_first
 
 
 class ShardedTables(Tables):
@@ -111,12 +111,6 @@ class ShardedTables(Tables):
             found = answer.wait().to_dict()
             blocks += [found[key][: len(batch)].to(compute_dtype(weight)) for key in each.keys]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-
-    def fill_gradients(self) -> None:
-        """Give an empty gradient to weights that have none, after backward: ranks then step alike."""
-        for weight in self.weights.values():
-            if weight.grad is None:
-                weight.grad = empty_gradient(weight)
 
     def _agree_on_plan(self, schema: Schema, device: torch.device, batch_rows: int, dense_bytes: int,
                        state_bytes: StateBytes | None, budget_bytes: int | None,

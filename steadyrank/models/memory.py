@@ -55,6 +55,12 @@ def list_layers(schema: Schema, config: ModelConfig) -> dict[str, list[Layer]]:
     return {"cross": list(_cross(width, config)), "trunk": trunk, "tower": [*hidden, output]}
 
 
+def dense_bytes(schema: Schema, config: ModelConfig) -> int:
+    """Return about what the linear layers take, with gradients and accumulators."""
+    parts = list_layers(schema, config).values()
+    return sum(layer.weights for layers in parts for layer in layers) * DENSE_BYTES
+
+
 class Need(NamedTuple):
     """Something that takes memory."""
 
