@@ -222,6 +222,8 @@ def one_count(job: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, Any
         "checkpoint": sum(each.get("checkpoint", 0) for each in ends) / n,
         "touched": statistics.mean(max(m["touched"] for m in each) for each in zip(*marks, strict=True)),
         "elements": sum(m["elements"] for each in marks for m in each) / steps / job["batch"],
+        "pairs": sum(made["marks"][last]["pairs"] - made["marks"][first]["pairs"] for made in ranks) / n / steps,
+        "bases": len(schema.baseline),
         "dense": sum_dense(ranks[0]), "tensors": ranks[0]["tensors"],
         "ids": len(schema.id_features), "lists": len(schema.list_features), "numbers": len(schema.number_features),
         "positions": len(schema.position_features), "tasks": len(schema.tasks), "width": schema.embedding_width,

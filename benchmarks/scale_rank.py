@@ -44,7 +44,11 @@ PARTS = (
     ("data/deal.py", "_tell", "log: heads of pieces"),
     ("data/deal.py", "_cut", "log: sums of weights"),
     ("data/deal.py", "", "log: rows dealt"),
-    ("steadyrank/scoreboard.py", "", "metrics to rank 0"),
+    ("steadyrank/scoreboard.py", "_agree", "metrics: sums of batches"),
+    ("steadyrank/scoreboard.py", "_by_group", "metrics: rows to the rank of their group"),
+    ("steadyrank/scoreboard.py", "state_dict", "checkpoint"),
+    ("steadyrank/baselines.py", "", "metrics: means of ids"),
+    ("steadyrank/metrics/", "", "metrics: windows"),
     ("steadyrank/distributed/merging.py", "", "readings to rank 0"),
     ("steadyrank/instruments.py", "", "readings to rank 0"),
     ("steadyrank/monitors/", "", "readings to rank 0"),
@@ -197,14 +201,14 @@ class Marks:
         self.paths = [Path(f"/sys/class/net/{interface}/statistics/{kind}_{what}")
                       for what in ("bytes", "packets") for kind in ("tx", "rx")] if interface else []  # fmt: skip
         self.found: list[dict[str, Any]] = []
-        self.waited, self.touched, self.elements = 0.0, [0], 0
+        self.waited, self.touched, self.elements, self.pairs = 0.0, [0], 0, 0
 
     def mark(self) -> None:
         """Note them."""
         self.found.append({
             "s": time.perf_counter(), "network": [*(int(path.read_text()) for path in self.paths), sent_again()],
             "sent": dict(COUNT.sent), "calls": dict(COUNT.calls), "waited": dict(COUNT.waited),
-            "batches_s": self.waited, "touched": self.touched[-1], "elements": self.elements,
+            "batches_s": self.waited, "touched": self.touched[-1], "elements": self.elements, "pairs": self.pairs,
         })  # fmt: skip
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -234,6 +238,14 @@ class Marks:
 
         return call
 
+    def ask(self, ranks: Ranks, columns: Any, owner: torch.Tensor, answer: Any) -> torch.Tensor:
+        """Note for how many pairs of a step and an id the baselines ask another rank."""
+        self.pairs += int((owner != ranks.rank).sum())
+        return ASK(ranks, columns, owner, answer)
+
+
+ASK = Ranks.ask
+
 
 def do(job: dict[str, Any], ranks: Ranks, interface: str) -> dict[str, Any] | None:
     """Make a run; return its marks."""
@@ -257,12 +269,14 @@ def do(job: dict[str, Any], ranks: Ranks, interface: str) -> dict[str, Any] | No
     try:
         if job.get("counts"):
             engine.average_rows = marks.average_rows(averages)
+            Ranks.ask = lambda *arguments: marks.ask(*arguments)  # type: ignore[method-assign]  # which passes itself
             with counting():
                 summary, parts = train(job, here)
         else:
             summary, parts = train(job, here)
     finally:
         session.fit, sharded.plan_for, engine.average_rows = fit, plan_for, averages
+        Ranks.ask = ASK  # type: ignore[method-assign]
     marks.mark()  # with the checkpoint at the end
     tensors = [p for o in parts.optimizers.values() for g in o.param_groups for p in g["params"]]
     names = set(parts.model.table_names())

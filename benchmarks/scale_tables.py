@@ -2,7 +2,8 @@
 
 Symbols: N ranks, B rows of a batch on all ranks together, P dense parameters, T dense tensors and weight matrices, K
 tasks, F features looked up in tables, I of them one-valued, E elements of all lists of a row, X numbers, D width, U
-touched rows of the tables on the rank that touches most. Bytes are what one rank sends in a step, on average.
+touched rows of the tables on the rank that touches most, H features of baselines, A different ids of these among a
+rank's rows that another rank holds. Bytes are what one rank sends in a step, on average.
 """
 
 import re
@@ -10,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from steadyrank.models.embeddings import BLOCK
 from steadyrank.schema import Schema
 
 ROWS, WIDTHS, WORLDS = (10**9, 10**10), (16, 64), (8, 64)
@@ -38,7 +40,7 @@ HARDWARE = Hardware()
 
 
 class Job(NamedTuple):
-    """An imagined run: 26 ids, of which one has two fifths of all rows, 13 numbers, two tasks."""
+    """An imagined run: 26 ids, one of them with two fifths of all rows, two with baselines, 13 numbers, two tasks."""
 
     rows: int
     width: int
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     tasks: int = 2
     ids: int = 26
     numbers: int = 13
+    bases: int = 2
 
     @property
     def dense_bytes(self) -> int:
@@ -93,10 +96,12 @@ FORMULAS: dict[str, tuple[str, Callable[[Counts], float]]] = {
     ),
     "log: heads of pieces": ("8 B (N-1)/N", lambda c: 8 * c["b"] * (c["N"] - 1)),
     "log: sums of weights": ("8 (N-1) K a batch", lambda c: 8 * (c["N"] - 1) * c["K"]),
-    "metrics to rank 0": (
-        "(8 I + 16 K + 16) B/N (N-1)/N",
-        lambda c: (8 * c["I"] + 16 * c["K"] + 16) * c["b"] * c["far"],
+    "metrics: rows to the rank of their group": (
+        "(8 H + 16 K + 24) B/N (N-1)/N",
+        lambda c: (8 * c["H"] + 16 * c["K"] + 24) * c["b"] * c["far"],
     ),
+    "metrics: means of ids": ("(20 K + 16) A", lambda c: (20 * c["K"] + 16) * c["A"]),
+    "metrics: sums of batches": ("(16 K + 24) (N-1)", lambda c: (16 * c["K"] + 24) * (c["N"] - 1)),
 }
 """Of each part the formula, in words and as a function."""
 
@@ -110,7 +115,7 @@ def counts_of(run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "N": n, "far": (n - 1) / n, "b": run["batch"] / n, "P": run["dense"], "T": run["tensors"], "K": run["tasks"],
         "F": run["ids"] + run["lists"], "I": run["ids"], "L": run["lists"], "E": run["elements"], "X": run["numbers"],
-        "S": run["positions"], "D": run["width"], "U": run["touched"], "w": 12,
+        "S": run["positions"], "D": run["width"], "U": run["touched"], "w": 12, "H": run["bases"], "A": run["pairs"],
         "cut": any(kind == "row_wise" for kind, *_ in run["kinds"].values()),
     }  # fmt: skip
 
@@ -145,7 +150,8 @@ def wait_table(found: Sequence[Mapping[str, Any]]) -> str:
         "dense": ("dense",),
         "tables": ("tables,", "TorchRec"),
         "verdict": ("verdict",),
-        "rank 0": ("decisions", "metrics", "readings", "agreeing"),
+        "metrics": ("metrics",),
+        "rank 0": ("decisions", "readings", "agreeing"),
     }
     cells: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for each in found:
@@ -255,19 +261,17 @@ def replicated_sent(job: Job) -> Sent:
     return spread_out(job, (job.ranks - 1) * (8 + 4 * job.width) * job.batch * job.ids)
 
 
-def log_sent(job: Job) -> Sent:
-    """Return what the log's rows and heads, and the metrics, make a rank send."""
+METRICS = ("metrics: rows to the rank of their group", "metrics: means of ids", "metrics: sums of batches")
+LOG = ("log: rows dealt", "log: heads of pieces", "verdict", "statistics of numbers")
+
+
+def host_sent(job: Job, parts: Sequence[str]) -> Sent:
+    """Return what some parts make a rank send, where every id of a rank's rows is another one."""
     run = {"ranks": job.ranks, "batch": job.batch * job.ranks, "dense": job.dense, "tensors": 60, "tasks": job.tasks,
            "ids": job.ids, "lists": 0, "elements": 0, "numbers": job.numbers, "positions": 0, "width": job.width,
-           "touched": 0, "kinds": {}}  # fmt: skip
+           "touched": 0, "kinds": {}, "bases": job.bases, "pairs": job.bases * job.batch * (job.ranks - 1) / job.ranks}  # fmt: skip
     counts = counts_of(run)
-    parts = ("log: rows dealt", "log: heads of pieces", "metrics to rank 0", "verdict", "statistics of numbers")
     return spread_out(job, sum(FORMULAS[part][1](counts) for part in parts))
-
-
-def to_first(job: Job) -> float:
-    """Return the bytes of metrics that rank 0 receives in a step."""
-    return (8 * job.ids + 16 * job.tasks + 16) * job.batch * (job.ranks - 1)
 
 
 def lookup_ms(job: Job) -> float:
@@ -336,28 +340,32 @@ def limit_table(rates: Mapping[str, float]) -> str:
     for ranks in (8, 64, 512):
         job = Job(ROWS[0], WIDTHS[0], ranks)
         replicated, cut = replicated_sent(job), tables_sent(job, {"row_wise": job.ids})
-        cells = [
-            f"{job.batch * ranks / rates['judged_per_s'] * 1e3:,.0f}",
-            show(to_first(job)),
-            show(sum(log_sent(job))),
-        ]
+        cells = [f"{job.batch / rates['judged_per_s'] * 1e3:,.0f}"]
+        cells += [show(sum(host_sent(job, parts))) for parts in (METRICS, LOG)]
         for sent in (replicated, cut):
             cells += [show(sum(sent)), f"{sent.seconds() * 1e3:,.1f}"]
         rows.append([f"{ranks}", f"{job.batch * ranks:,}", *cells])
-    head = ["GPUs", "rows of a step", "metrics on rank 0, ms", "sent to it for that", "log and metrics out of each",
+    head = ["GPUs", "rows of a step", "metrics on each rank, ms", "metrics out of each", "log out of each",
             "replicated tables out of each", "ms", "tables cut over all out of each", "ms"]  # fmt: skip
     return table(head, rows)
 
 
 def start_table(rates: Mapping[str, float]) -> str:
-    """Return what does not become less with more ranks: each draws the weights of all."""
+    """Return what is drawn at the start and written in a checkpoint, by one process and by each of 64 ranks.
+
+    With tables cut over all ranks: each has a piece of every table, and a piece lies in at most two blocks more than
+    it would fill.
+    """
     rows = []
     for count in ROWS:
         for width in WIDTHS:
-            size = count * (4 * width + 4)
-            minutes = count * width / rates["drawn_per_s"] / 60
-            rows.append([f"{count:.0e}".replace("e+", "e"), f"{width}", f"{minutes:,.1f}", show(size), show(size / 64)])
-    return table(["rows", "width", "minutes to draw, on one core", "a checkpoint", "of it each of 64 ranks"], rows)
+            size, drawn = count * (4 * width + 4), count * width
+            part = drawn / 64 + 2 * BLOCK * Job(count, width, 64).ids
+            minutes = [f"{weights / rates['drawn_per_s'] / 60:,.2f}" for weights in (drawn, part)]
+            rows.append([f"{count:.0e}".replace("e+", "e"), f"{width}", *minutes, show(size), show(size / 64)])
+    head = ["rows", "width", "minutes to draw, one process", "each of 64 ranks, at most", "a checkpoint",
+            "of it each of 64 ranks"]  # fmt: skip
+    return table(head, rows)
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:

@@ -10,8 +10,7 @@ from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .evaluate import Metrics
-from .metrics import share_attainable
+from .metrics import Metrics, share_attainable
 from .monitors.cause import Cause
 from .parts import OnProgress, Parts
 from .parts import Progress as RunProgress

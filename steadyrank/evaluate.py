@@ -1,26 +1,19 @@
-"""Score Batches with a frozen model, and the baselines that a model has to beat.
+"""Score Batches with a frozen model.
 
-Shapes: B rows of a batch, K tasks, R rows of a feature's table.
+Shapes: B rows of a batch, K tasks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from .errors import CheckpointError, ConfigError, check_known
-from .metrics import CAPACITY, DAY_US, TaskMetrics, as_scores, iso_day
+from .errors import ConfigError, check_known
+from .metrics import CAPACITY, DAY_US, Metrics, TaskMetrics, as_scores, iso_day
 from .schema import Batch, Schema
 
-Metrics = dict[str, dict[str, float]]
-"""`{task: {metric: value}}`, as from `TaskMetrics.compute`."""
-
-GLOBAL = "global"
-"""Name of the baseline that knows no feature: the running mean of each label over all rows."""
 SCORE_ROWS = 1024
 """Rows that a CPU scores at once: what the layers leave of them fits its caches, and that of a whole piece does not."""
 _MAX_SLICES = 10_000  # each holds metrics of its own
@@ -88,118 +81,6 @@ def evaluate(
         slices={value: slices[value].compute() for value in sorted(slices)},
         attainable=truth.compute() if with_truth else None,
     )
-
-
-class RunningMean:
-    """The baseline to beat: each id's running mean label, shrunk towards that of all rows.
-
-    `m_r = (sum_r w y + prior * m) / (sum_r w + prior)`, over the rows learned so far whose id is r; `m` is the same
-    over all rows, with one pseudo-row of 1/2 (binary) or 0 (regression), so that it is defined from the start.
-    Memory is one float64 table [R, 2 K] for each feature, sums beside weights: 16 R K bytes.
-
-    Args:
-        schema: of the batches.
-        features: id features that each give a baseline; `schema.baseline` when left out.
-        prior: pseudo-rows, above 0: an id seen in as many rows is trusted as much as the mean of all. The best value is
-            the variance of a label given its id over the variance of the ids' means, about 9 for rates of 0.3 that
-            spread by 0.15 and about 50 for rates of 0.05 that spread by 0.03; the default lies between.
-
-    Raises:
-        ConfigError: a feature is not a one-valued id feature, is called "global", or the prior is not positive.
-    """
-
-    def __init__(self, schema: Schema, features: Sequence[str] | None = None, prior: float = 20.0) -> None:
-        if not prior > 0:
-            raise ConfigError(f"expected a prior above 0 pseudo-rows, got {prior}; 20 is the default")
-        self._columns: dict[str, tuple[int, int]] = {}
-        for name in schema.baseline if features is None else features:
-            check_known(name, schema.id_features, "id feature")
-            if name == GLOBAL:
-                raise ConfigError(f"baseline: '{GLOBAL}' names the mean of all rows; rename that feature")
-            self._columns[name] = (list(schema.id_features).index(name), schema.slot(name).start)
-        self._prior = prior
-        self._binary_K = torch.tensor([task.kind == "binary" for task in schema.tasks.values()])
-        self._pseudo_K = 0.5 * self._binary_K.double().numpy()
-        rows = {GLOBAL: 1, **{name: schema.slot(name).rows for name in self._columns}}
-        # NumPy's, since half of what so few numbers take is the overhead of a call, and torch has four times as much.
-        self._tables = {name: np.zeros((count, 2 * len(schema.tasks))) for name, count in rows.items()}
-
-    def score(self, batch: Batch) -> dict[str, Float[Tensor, "batch tasks"]]:
-        """Return the scores of each feature's means and of the `"global"` one, from the rows learned before.
-
-        Binary tasks as logits of the mean (kept 1e-7 away from 0 and 1), regressions as the mean.
-        """
-        tasks = len(self._pseudo_K)
-        (global_2K,) = self._tables[GLOBAL]
-        mean_K = (global_2K[:tasks] + self._pseudo_K) / (global_2K[tasks:] + 1)
-        scores = {GLOBAL: self._as_scores(mean_K[None]).expand(len(batch), -1)}
-        for name in self._columns:
-            known_B2K = self._tables[name].take(self._row_of(name, batch), axis=0)
-            mean_BK = (known_B2K[:, :tasks] + self._prior * mean_K) / (known_B2K[:, tasks:] + self._prior)
-            scores[name] = self._as_scores(mean_BK)
-        return scores
-
-    def learn(self, batch: Batch) -> None:
-        """Add the labels of a batch to the means."""
-        weights_BK, labels_BK = batch.weights.numpy(), batch.labels.numpy()
-        kept_BK = weights_BK > 0
-        counts_BK = np.where(kept_BK, weights_BK, 0).astype(np.float64)
-        sums_BK = np.multiply(counts_BK, labels_BK, where=kept_BK, out=np.zeros_like(counts_BK))
-        added_B2K = np.concatenate([sums_BK, counts_BK], axis=1)
-        for name, table_R2K in self._tables.items():
-            if name == GLOBAL:
-                table_R2K += added_B2K.sum(0)
-                continue
-            # Flat, since NumPy adds the rows of a matrix one by one but the elements of a vector in one loop.
-            cell_B2K = self._row_of(name, batch)[:, None] * table_R2K.shape[1] + np.arange(table_R2K.shape[1])
-            np.add.at(table_R2K.reshape(-1), cell_B2K.reshape(-1), added_B2K.reshape(-1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums and the weights of every baseline, `{name: [R, 2 K]}`."""
-        return {name: torch.from_numpy(table_R2K.copy()) for name, table_R2K in self._tables.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`.
-
-        Raises:
-            CheckpointError: the state has other features, tables or tasks.
-        """
-        expected, found = ({n: tuple(t.shape) for n, t in tables.items()} for tables in (self._tables, state))
-        if found != expected:
-            raise CheckpointError(
-                f"expected running means of {expected} (name: rows, twice the tasks), found {found}; resume with the "
-                f"schema that the run was started with"
-            )
-        for name, table_R2K in self._tables.items():
-            table_R2K[:] = state[name].numpy()
-
-    def _row_of(self, name: str, batch: Batch) -> Any:
-        column, start = self._columns[name]
-        return batch.ids.numpy()[:, column] - start
-
-    def _as_scores(self, mean: Any) -> Float[Tensor, "batch tasks"]:
-        mean_BK = torch.from_numpy(mean)
-        return torch.where(self._binary_K, torch.logit(mean_BK, eps=1e-7), mean_BK).float()
-
-
-def best(baselines: Mapping[str, Metrics]) -> dict[str, str]:
-    """Return the name of the best baseline for each task: highest AUC if binary, lowest RMSE if a regression.
-
-    A NaN never wins against a number; of equals the first named does.
-
-    >>> best({"user": {"click": {"auc": 0.6}}, "item": {"click": {"auc": 0.7}}})
-    {'click': 'item'}
-    """
-    found: dict[str, str] = {}
-    for task in next(iter(baselines.values()), {}):
-        values = {name: _goodness(metrics[task]) for name, metrics in baselines.items()}
-        found[task] = max(values, key=lambda name: values[name])
-    return found
-
-
-def _goodness(values: Mapping[str, float]) -> float:
-    value = values["auc"] if "auc" in values else -values["rmse"]
-    return value if value == value else -float("inf")
 
 
 def _task_metrics(schema: Schema, capacity: int) -> TaskMetrics:

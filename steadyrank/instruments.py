@@ -1,8 +1,7 @@
 """The instruments of a run: a `Watch`, what a cause report needs to remember, and where readings go."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .data.deal import share_of
 from .data.logs import Reader
 from .data.rows import show_rows
 from .distributed.engine import Engine
 from .distributed.merging import Merger
 from .errors import CheckpointError
 from .losses import multitask_loss
-from .monitors.cause import Cause, Earlier, Trail, find_cause
+from .monitors.cause import READ, Cause, Earlier, Trail, find_cause
 from .monitors.going_back import go_back
 from .monitors.tables import Field
 from .monitors.unusual import Reference
@@ -58,7 +58,6 @@ class Instruments:
         self.model, self.reader, self.config, self.folder = model, reader, config, folder
         self._engine, self.ranks = engine, ALONE if engine is None else engine.ranks
         self._merger = Merger(write, self.ranks, engine is not None and bool(engine.rows))
-        self._may_explain = self.ranks.is_first and (engine is None or engine.has_whole_model)
         self.schema = reader.schema
         tasks = self.schema.tasks
         self.watch = Watch(
@@ -95,9 +94,9 @@ class Instruments:
 
     def note(self, batch: Batch) -> None:
         """Look at the step just made; `batch` as the reader gave it. No host sync."""
-        step, rows = self.watch.step, replace(batch, share=None)  # what stands behind a step is looked for in these
-        self.reference.add(step, rows)
-        self._recent.append((step, rows))
+        step = self.watch.step
+        self.reference.add(step, batch, share_of(batch.whole_rows, self.ranks.rank, self.ranks.size)[0])
+        self._recent.append((step, batch))
         if self.watch.headroom_is_due:
             self.watch.headroom(lambda: self._losses_of(batch))
         if step % self.config.snapshot_every == 0:
@@ -109,10 +108,10 @@ class Instruments:
         self._merger.flush()
         alerts, changes = self.watch.take_news()
         self._note_troubles(alerts, changes)
-        alarms = [(a.step, a.reason) for a in alerts if a.level == "alarm"]
-        began = [(c.since, f"{c.task}: {c.reason}") for c in changes if c.verdict == "suspected"]
-        if alarms or began:
-            self._explain(*min(alarms + began))
+        # What the ranks see differs a little, since some of it is of their own rows.
+        due = self.ranks.on_first(lambda: self._find_due(alerts, changes))
+        if due is not None:
+            self._explain(*due)
         self._recent.clear()
         return row
 
@@ -135,7 +134,8 @@ class Instruments:
         return {**then, "watch": go_back(then["watch"], self.watch.state_dict()), "explained": list(self._explained)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to see the same."""
+        """Return what a resumed run needs to see the same; a collective."""
+        self.reference.join(self.ranks)
         return {
             # The first batch of the next window is still to be met with this step's update.
             "kept_update": self.watch.kept_update() if self.reader.left == 0 else [],
@@ -172,53 +172,65 @@ class Instruments:
         losses_K = self.ranks.gather(losses_K.detach()).sum(0)
         return torch.stack([task.loss_weight * loss for task, loss in zip(tasks, losses_K.unbind(), strict=True)])
 
-    def _explain(self, step: int, why: str) -> None:
-        """Find what stood behind a step, and write it down, unless that was done often enough or just now."""
-        near = bool(self._explained) and step - self._explained[-1] < _CAUSES_APART
-        if near or len(self._explained) >= self.config.causes:
-            return
-        self._explained.append(step)
-        since = step
-        step, batch = next(((s, b) for s, b in self._recent if s >= step), self._recent[-1])
-        if not self._may_explain:
-            words = "not looked for, since no rank has the whole model: steadyrank replay looks for it in one process"
-            self.folder.event(step, "cause", f"{words} (--step {step})")
-            return
-        with self.watch.paused(), nullcontext() if self._engine is None else self._engine.by_itself():
-            cause = self.find_cause(step, batch, why, self._earlier(step), since)
+    def _find_due(self, alerts: list[Alert], changes: list[Change]) -> tuple[int, str] | None:
+        """Return which step calls for a cause, and why; none where that was done often enough or just now."""
+        alarms = [(a.step, a.reason) for a in alerts if a.level == "alarm"]
+        began = [(c.since, f"{c.task}: {c.reason}") for c in changes if c.verdict == "suspected"]
+        due = min(alarms + began, default=None)
+        if due is None or len(self._explained) >= self.config.causes:
+            return None
+        return None if self._explained and due[0] - self._explained[-1] < _CAUSES_APART else due
+
+    def _explain(self, since: int, why: str) -> None:
+        """Find what stood behind a step with all that is remembered, and write it down; a collective."""
+        self._explained.append(since)
+        step, batch = next(((s, b) for s, b in self._recent if s >= since), self._recent[-1])
+        model, earlier, watch = self.model, self._earlier(step), self.watch
+        if self._engine is not None:
+            batches = self._join(batch, min(since, step))
+            borrowed = self._engine.borrow(batches)
+            earlier = earlier and earlier._replace(state=self._engine.gather_whole(earlier.state))
+            if borrowed is None:
+                return
+            model, batch = borrowed, batches[0]
+        steps_T, losses_TK, gradients_TP = watch.recent()
+        with watch.paused():
+            cause = find_cause(
+                step,
+                model,
+                batch,
+                self.schema,
+                multitask_loss,
+                self.reference,
+                losses_TK=losses_TK[steps_T < step],
+                trails=[Trail("gradient", watch.parameters, steps_T[steps_T <= step], gradients_TP[steps_T <= step])],
+                earlier=earlier,
+                since=since,
+                why=why,
+                look_up=lambda rows: show_rows(self.reader.source, rows),
+            )
+        self._write_down(cause)
+
+    def _join(self, batch: Batch, began: int) -> list[Batch]:
+        """Return on the first rank a whole batch, and the usual ones that it is compared with; a collective."""
+        self.reference.join(self.ranks)
+        parts = self.ranks.collect(batch)
+        return [Batch.cat(parts), *self.reference.before(began)[-READ:]] if parts else []
+
+    def _write_down(self, cause: Cause) -> None:
         try:
-            path = self.folder.write_cause(step, cause.as_dict())
+            path = self.folder.write_cause(cause.step, cause.as_dict())
         except CheckpointError as error:  # a full disk: the run matters more
-            self.folder.event(step, "cause", f"{cause.sentence}; its report was not written: {error}")
+            self.folder.event(cause.step, "cause", f"{cause.sentence}; its report was not written: {error}")
             return
         self.folder.event(
-            step,
+            cause.step,
             "cause",
             cause.sentence,
             file=f"{path.parent.name}/{path.name}",
             task=cause.task,
             layer=cause.layer.name if cause.layer else "",
             feature=cause.feature,
-        )
-
-    def find_cause(self, step: int, batch: Batch, why: str, earlier: Earlier | None, since: int) -> Cause:
-        """Find what stood behind a step, with all that is remembered."""
-        watch = self.watch
-        steps_T, losses_TK, gradients_TP = watch.recent()
-        before = steps_T < step
-        return find_cause(
-            step,
-            self.model,
-            batch,
-            self.schema,
-            multitask_loss,
-            self.reference,
-            losses_TK=losses_TK[before],
-            trails=[Trail("gradient", watch.parameters, steps_T[steps_T <= step], gradients_TP[steps_T <= step])],
-            earlier=earlier,
-            since=since,
-            why=why,
-            look_up=lambda rows: show_rows(self.reader.source, rows),
         )
 
     def _earlier(self, step: int) -> Earlier | None:

@@ -1,18 +1,32 @@
 """Progressive metrics of the model, beside the baselines to beat and, on a generated stream, what is attainable.
 
-Shapes: B rows, K tasks.
+On several ranks each counts an N-th of the rows: those of a group lie with one of them, and what is read is that of
+all rows.
+
+Shapes: B rows, S steps, K tasks, F features of baselines.
 """
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .evaluate import GLOBAL, Metrics, RunningMean, best
-from .metrics import ProgressiveMetrics, as_scores, update_all
+from .baselines import GLOBAL, Labelled, RunningMean, best, deal_means
+from .metrics import (
+    DAY_US,
+    Metrics,
+    ProgressiveMetrics,
+    ScoredRows,
+    Whole,
+    as_scores,
+    compute_all,
+    deal_states,
+    rank_of,
+)
 from .ranks import ALONE, Ranks
 from .schema import Batch, Schema
 
@@ -20,6 +34,7 @@ CAPACITY = 2**18
 """Rows of the model's metrics that are kept exactly; earlier ones are in sums and histograms."""
 _OTHERS_CAPACITY = 2**14  # baselines and truth: AUC to 1e-6 is enough, and a checkpoint holds these rows
 _MODEL, _TRUTH = "model", "truth"
+_NO_DAY = -(2**62)  # of no row
 
 
 class Scoreboard:
@@ -28,32 +43,71 @@ class Scoreboard:
     Args:
         schema: What is scored.
         truth: Batches bring their true expectations (`Batch.truth`).
+        ranks: Who trains together. All but `auc_so_far` is then a collective, and gives the same on all of them.
     """
 
-    def __init__(self, schema: Schema, *, truth: bool = False) -> None:
+    def __init__(self, schema: Schema, *, truth: bool = False, ranks: Ranks = ALONE) -> None:
         self._kinds = {name: task.kind for name, task in schema.tasks.items()}
-        self._baseline = RunningMean(schema)
+        self._baseline, self._ranks, self._grouped = RunningMean(schema, ranks=ranks), ranks, schema.group is not None
         self._bases = (*schema.baseline, GLOBAL)
         others = [*([_TRUTH] if truth else []), *self._bases]
-        self._metrics = {_MODEL: ProgressiveMetrics(self._kinds, schema.group is not None, CAPACITY)}
+        self._metrics = {_MODEL: ProgressiveMetrics(self._kinds, self._grouped, CAPACITY)}
         self._metrics |= {name: ProgressiveMetrics(self._kinds, False, _OTHERS_CAPACITY) for name in others}
         self._rows = 0
         self._sums = {name: {task: [0.0, 0.0] for task in self._kinds} for name in self._metrics}
 
     def add(self, batch: Batch, scores_BK: Float[Tensor, "batch tasks"]) -> None:
         """Count a batch (on the host) with the scores it was given before it was learned."""
-        scores = self._baseline.score(batch) | {_MODEL: scores_BK}
-        if _TRUTH in self._metrics and batch.truth is not None:
-            scores[_TRUTH] = as_scores(batch.truth, list(self._kinds.values()))
-        update_all(self._metrics, scores, batch.labels, batch.weights, batch.group, batch.time)
-        self._baseline.learn(batch)
-        self._rows += len(batch)
+        self.add_steps([batch], [scores_BK])
+
+    def add_steps(self, batches: Sequence[Batch], scores: Sequence[Float[Tensor, "_ tasks"]]) -> None:
+        """Count batches, one after the other, each with the scores that it was given before it was learned."""
+        steps = [self._step(batch, scores_BK) for batch, scores_BK in zip(batches, scores, strict=True)]
+        wholes, sums_S2K = self._agree(steps)
+        if self._grouped:
+            steps = _by_group(steps, self._ranks)
+        of_bases = self._baseline.meet([each.labelled for each in steps], sums_S2K)
+        for each, whole, of_base in zip(steps, wholes, of_bases, strict=True):
+            labels_BK, weights_BK = each.labelled.labels_BK, each.labelled.weights_BK
+            rows = ScoredRows.copy_of(each.scores, labels_BK, weights_BK, each.group, len(self._kinds))
+            day_B = each.time.numpy() // DAY_US
+            others = of_base | ({} if each.truth is None else {_TRUTH: each.truth})
+            self._metrics[_MODEL].add(rows, day_B, whole)
+            for name in self._metrics.keys() & others.keys():
+                self._metrics[name].add(rows.rescored(others[name]), day_B, whole)
+            self._rows += whole.rows
+
+    def _step(self, batch: Batch, scores_BK: Tensor) -> "_Step":
+        truth = None if batch.truth is None or _TRUTH not in self._metrics else batch.truth
+        return _Step(
+            scores=scores_BK,
+            labelled=Labelled(self._baseline.rows_of(batch), batch.labels, batch.weights),
+            truth=None if truth is None else as_scores(truth, list(self._kinds.values())),
+            group=batch.group,
+            time=batch.time,
+        )
+
+    def _agree(self, steps: Sequence["_Step"]) -> tuple[list[Whole], Any]:
+        """Return what each step's batch is as a whole, and the sums of its labels and weights [S, 2 K]."""
+        days, sums = [], []
+        for step in steps:
+            day_B = step.time.numpy() // DAY_US
+            last = day_B.max(initial=_NO_DAY)
+            days.append([len(day_B), last, (day_B == last).sum()])
+            sums.append(step.labelled.sums.sum(0))
+        days_RS3 = self._ranks.gather(torch.from_numpy(np.array(days, dtype=np.int64))).numpy()
+        last_S = days_RS3[..., 1].max(0)
+        last_rows_S = np.where(days_RS3[..., 1] == last_S, days_RS3[..., 2], 0).sum(0)
+        wholes = [Whole(*map(int, each)) for each in zip(days_RS3[..., 0].sum(0), last_S, last_rows_S, strict=True)]
+        return wholes, self._ranks.gather(torch.from_numpy(np.array(sums))).numpy().sum(0)
 
     def close_window(self) -> dict[str, float]:
         """Return the readings of the window that ends here, `auc/click` and so on; empty when it has no rows."""
         if not self._rows:
             return {}
-        windows = {name: metrics.window() for name, metrics in self._metrics.items()}
+        windows = self._compute("window")
+        for metrics in self._metrics.values():
+            metrics.parts()["window"].reset()
         row = {f"{metric}/{task}": value for task, of in windows[_MODEL].items() for metric, value in of.items()}
         self._add_window(windows)
         means = {name: self._means(name) for name in self._bases}
@@ -86,8 +140,7 @@ class Scoreboard:
 
     def summary(self) -> dict[str, Any]:
         """Return, by task: its kind and the metrics of run, last day, best baseline and, if known, the truth."""
-        runs = {name: metrics.run() for name, metrics in self._metrics.items()}
-        last_day = self._metrics[_MODEL].last_day()
+        runs, last_days = self._compute("run"), self._compute("last_day")
         bases: dict[str, Metrics] = {name: runs[name] for name in self._bases}
         chosen = best(bases)
         found: dict[str, Any] = {}
@@ -96,42 +149,98 @@ class Scoreboard:
             found[task] = {
                 "kind": kind,
                 "run": runs[_MODEL][task],
-                "last_day": last_day[task],
+                "last_day": last_days[_MODEL][task],
                 "baseline": {"feature": name, **bases[name][task]},
-                "baseline_last_day": self._metrics[name].last_day()[task],
+                "baseline_last_day": last_days[name][task],
             }
             if _TRUTH in runs:
                 found[task]["attainable"] = runs[_TRUTH][task]
         return found
 
+    def _compute(self, part: str) -> dict[str, Metrics]:
+        return compute_all({name: metrics.parts()[part] for name, metrics in self._metrics.items()}, self._ranks)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return all that was counted, as tensors and plain values."""
-        return {
+        """Return all that was counted, as tensors and plain values; on several ranks the first has that of all."""
+        own = {
             "metrics": {name: metrics.state_dict() for name, metrics in self._metrics.items()},
             "baseline": self._baseline.state_dict(),
             "rows": self._rows,
             "sums": {name: {task: list(pair) for task, pair in of.items()} for name, of in self._sums.items()},
         }
+        return own if self._ranks.is_alone else {"ranks": self._ranks.collect(own)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which the first rank has; it may come from another number of ranks."""
+        states: list[Mapping[str, Any]] = []
+        if self._ranks.is_first:
+            states = state.get("ranks", [state])
+            states = states if len(states) == self._ranks.size else _deal(states, self._ranks.size)
+        own = self._ranks.hand_out(states)
         for name, metrics in self._metrics.items():
-            metrics.load_state_dict(state["metrics"][name])
-        self._baseline.load_state_dict(state["baseline"])
-        self._rows = state["rows"]
-        self._sums = {name: {task: list(pair) for task, pair in of.items()} for name, of in state["sums"].items()}
+            metrics.load_state_dict(own["metrics"][name])
+        self._baseline.load_state_dict(own["baseline"])
+        self._rows = own["rows"]
+        self._sums = {name: {task: list(pair) for task, pair in of.items()} for name, of in own["sums"].items()}
+
+
+class _Step(NamedTuple):
+    """Rows of a step as they are counted."""
+
+    scores: Tensor
+    labelled: Labelled
+    truth: Tensor | None
+    group: Tensor
+    time: Tensor
+
+
+def _by_group(steps: list[_Step], ranks: Ranks) -> list[_Step]:
+    """Bring all rows of a group to one rank; within each step they lie in the order of the batch as a whole."""
+    if ranks.is_alone:
+        return steps
+    lengths = torch.tensor([len(step.time) for step in steps])
+    step_N = torch.arange(len(steps)).repeat_interleave(lengths)
+    owner_N = rank_of(torch.cat([step.group for step in steps]), ranks.size)
+    floats, integers = [], []
+    for step in steps:
+        held = step.labelled
+        columns = (step.scores, held.labels_BK, held.weights_BK, step.truth)
+        floats.append(torch.cat([column for column in columns if column is not None], 1))
+        integers.append(torch.cat([step.group[:, None], step.time[:, None], held.rows_BF], 1))
+    step_N, floats_N, integers_N = ranks.route([step_N, torch.cat(floats), torch.cat(integers)], owner_N)
+    order, counts = step_N.argsort(stable=True), step_N.bincount(minlength=len(steps)).tolist()
+    found = []
+    for here in order.split(counts):
+        scores_BK, labels_BK, weights_BK, *truth = floats_N[here].split(steps[0].scores.shape[1], 1)
+        group_B, time_B = integers_N[here, :2].unbind(1)
+        labelled = Labelled(integers_N[here, 2:], labels_BK, weights_BK)
+        found.append(_Step(scores_BK, labelled, truth[0] if truth else None, group_B, time_B))
+    return found
+
+
+def _deal(states: Sequence[Mapping[str, Any]], size: int) -> list[Mapping[str, Any]]:
+    """Return what each of `size` ranks goes on from, of the states of another number of them."""
+    metrics = {name: deal_states([state["metrics"][name] for state in states], size) for name in states[0]["metrics"]}
+    means = deal_means([state["baseline"] for state in states], size)
+    return [
+        {
+            **states[0],
+            "metrics": {name: dealt[rank] for name, dealt in metrics.items()},
+            "baseline": means[rank],
+        }
+        for rank in range(size)
+    ]
 
 
 class Pending:
-    """Steps whose scores are still on the device, and with several ranks on each of them its rows of a batch.
+    """Steps whose scores are still on the device.
 
     Args:
-        board: Takes the scores of whole batches; on the first rank alone.
-        ranks: Who trains together.
+        board: Takes batches with their scores.
     """
 
-    def __init__(self, board: Scoreboard, ranks: Ranks = ALONE) -> None:
-        self._board, self._ranks = board, ranks
+    def __init__(self, board: Scoreboard) -> None:
+        self._board = board
         self._held: list[tuple[Batch, Tensor]] = []
 
     def add(self, batch: Batch, scores_BK: Float[Tensor, "batch tasks"]) -> None:
@@ -139,20 +248,10 @@ class Pending:
         self._held.append((batch, scores_BK))
 
     def flush(self) -> None:
-        """Bring the scores to the host in one copy, and count them with those of the other ranks' rows."""
+        """Bring the scores to the host in one copy, and count them."""
         if not self._held:
             return
-        batches = [batch if self._ranks.is_alone else _without_inputs(batch) for batch, _ in self._held]
-        scores = torch.cat([scores_BK for _, scores_BK in self._held]).float().cpu()
+        batches = [batch for batch, _ in self._held]
+        scores_NK = torch.cat([scores_BK for _, scores_BK in self._held]).float().cpu()
         self._held = []
-        each = self._ranks.collect((batches, scores))
-        parts = [scores.split([len(batch) for batch in batches]) for batches, scores in each]
-        for step in range(len(batches) if each else 0):
-            whole = Batch.cat([batches[step] for batches, _ in each])
-            self._board.add(whole, torch.cat([scores[step] for scores in parts]))
-
-
-def _without_inputs(batch: Batch) -> Batch:
-    """Return what metrics need of a batch: labels, weights, groups, times, and the ids that baselines go by."""
-    none = batch.numbers.new_empty(len(batch), 0)
-    return replace(batch, lists=(), numbers=none, positions=none.long(), row=None, share=None)
+        self._board.add_steps(batches, scores_NK.split([len(batch) for batch in batches]))

@@ -56,8 +56,8 @@ class Session:
         self.step = self.rows = 0
         self.clock = Clock(parts.engine.pace if parts.engine else None)
         self.cursor = Cursor()
-        self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth)
-        self._pending = Pending(self.board, self.ranks)
+        self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth, ranks=self.ranks)
+        self._pending = Pending(self.board)
         self.readings = Readings(tasks, parts.model.named_parameters(), optimizers)
         self.trackers = Trackers([])
         self.instruments: Instruments | None = None
@@ -177,15 +177,14 @@ class Session:
             "rescue": self.rescue.state_dict(),
             "troubles": [list(trouble) for trouble in self._troubles],
             "day": self._day,
-            "board": self.board.state_dict() if self.ranks.is_first else {},
+            "board": self.board.state_dict(),
             **self._trained_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[FileNote]:
         """Go on from `state`; returns what has become of the log since."""
         self._load_trained_state(self.parts.unpack(state))
-        if self.ranks.is_first:
-            self.board.load_state_dict(state["board"])
+        self.board.load_state_dict(state["board"])
         notes = self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row)
         self.step, self.rows = state["step"], state["rows"]
         self.clock.load_state_dict(state)
@@ -435,8 +434,7 @@ class Session:
     def _remember(self, healthy: bool) -> None:
         """Keep the state as it is in memory, to return to."""
         if healthy and self.rescue.mode == "on":
-            board = self.board.state_dict() if self.ranks.is_first else {}
-            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": board})
+            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": self.board.state_dict()})
             if refusal:
                 self.event("recovery", refusal)
 
@@ -450,8 +448,7 @@ class Session:
         state = self.parts.unpack(state)
         instruments = None if self.instruments is None else self.instruments.go_back(state["instruments"])
         self._load_trained_state({**state, "instruments": instruments})
-        if self.ranks.is_first:
-            self.board.load_state_dict(state["board"])
+        self.board.load_state_dict(state["board"])
         reader = self.parts.reader
         state["reader"]["source"] = reader.source.state_dict()
         self._note_files(reader.load_state_dict(state["reader"], self.cursor.next_row))

@@ -17,6 +17,7 @@ from steadyrank.distributed.planning import describe
 from steadyrank.distributed.sharded import ShardedTables
 from steadyrank.distributed.unfused import empty_gradient
 from steadyrank.errors import ConfigError
+from steadyrank.models import embeddings
 from steadyrank.models.embeddings import EmbeddingTables
 from steadyrank.optim import (
     AGC,
@@ -152,6 +153,14 @@ def pair(ranks: Ranks, sharding: Any = None) -> tuple[EmbeddingTables, ShardedTa
     return one, many, torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
+def apart(one: EmbeddingTables, many: ShardedTables, ranks: Ranks) -> float:
+    """The largest difference of a weight."""
+    return max(
+        gap(p, whole(q.detach(), many.rows[f"weights.{key}"], ranks, p.shape[1:]))
+        for (key, p), q in zip(one.weights.items(), many.weights.values(), strict=True)
+    )
+
+
 def check_once(ranks: Ranks, sharding: Any) -> dict[str, Any]:
     """Names, weights at the start, outputs and gradients, for batches of several sizes."""
     one, many, same_state = pair(ranks, sharding)
@@ -163,10 +172,7 @@ def check_once(ranks: Ranks, sharding: Any) -> dict[str, Any]:
         "table_names": many.table_names(),
         "empty": ranks.any(any(len(w) == 0 for w in many.weights.values())),
         "plan": {each["table"]: each["sharding"] for each in describe(many.plan)["tables"]},
-        "start": max(
-            gap(p, whole(q.detach(), many.rows[f"weights.{key}"], ranks, p.shape[1:]))
-            for (key, p), q in zip(one.weights.items(), many.weights.values(), strict=True)
-        ),
+        "start": apart(one, many, ranks),
         "forward": 0.0,
         "gradient": 0.0,
         "dense": False,
@@ -231,10 +237,7 @@ def train(name: str, one: EmbeddingTables, many: ShardedTables, ranks: Ranks) ->
         each = ranks.gather_objects(found[1])
         found[1] = {key: min(of[key] for of in each) for key in found[1]}
     result = {
-        "gap": max(
-            gap(p, whole(q.detach(), many.rows[f"weights.{key}"], ranks, p.shape[1:]))
-            for (key, p), q in zip(one.weights.items(), many.weights.values(), strict=True)
-        ),
+        "gap": apart(one, many, ranks),
         "moved": max((w - v).abs().amax().item() for w, v in zip(one.weights.values(), start, strict=False)),
         "scalars": found,
         "alike": len({json.dumps(each) for each in ranks.gather_objects(found[1])}) == 1,
@@ -278,7 +281,9 @@ def main(rank: int, size: int, port: str, path: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=size)
     ranks = Ranks(rank, size, dist.group.WORLD, dist.group.WORLD)
     forced = FORCED if size == 2 else {**FORCED, "user": ["table_row_wise"]}
+    kept, embeddings.BLOCK = embeddings.BLOCK, 64  # matrices of 5, 4 and 1 blocks
     found: dict[str, Any] = {"once/forced": check_once(ranks, forced)}
+    embeddings.BLOCK = kept
     if size == 2:
         found["once/planned"] = check_once(ranks, None)
         found |= own_tables.check(ranks)

@@ -21,7 +21,7 @@ LAYERS = [
     ["parts", "rescue"],
     ["instruments", "trackers", "train", "scoreboard"],
     ["distributed"],
-    ["data", "models", "losses", "guard", "evaluate", "report"],
+    ["data", "models", "losses", "guard", "evaluate", "baselines", "report"],
     ["monitors", "recovery", "snapshots"],
     ["optim", "schema", "metrics", "runs"],
     ["checkpoints", "journal"],

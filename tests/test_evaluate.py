@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from steadyrank.errors import CheckpointError, ConfigError
-from steadyrank.evaluate import GLOBAL, SCORE_ROWS, RunningMean, best, evaluate, score
+from steadyrank.baselines import GLOBAL, RunningMean, best
+from steadyrank.evaluate import SCORE_ROWS, evaluate, score
 from steadyrank.metrics import DAY_US, TaskMetrics
 from steadyrank.schema import Batch, Schema
 

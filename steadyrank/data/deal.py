@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -372,21 +371,14 @@ def exchange(ranks: Ranks, rows: Batch, send: list[int], received: list[int]) ->
     moved: dict[str, Any] = {f.name: getattr(rows, f.name) for f in fields(rows)}
     for name, value in moved.items():
         if isinstance(value, Tensor) and name not in ("time", "row"):
-            moved[name] = _swap(ranks, value, send, received)
+            moved[name] = ranks.swap(value, send, received)
     lists = []
     for ragged in rows.lists:
         lengths = ragged.offsets.diff()
-        found = _swap(ranks, lengths, send, received)
+        found = ranks.swap(lengths, send, received)
         sums = [[int(part.sum()) for part in x.split(n)] for x, n in ((lengths, send), (found, received))]
-        lists.append(Ragged(_swap(ranks, ragged.values, *sums), torch.cat([found.new_zeros(1), found.cumsum(0)])))
+        lists.append(Ragged(ranks.swap(ragged.values, *sums), torch.cat([found.new_zeros(1), found.cumsum(0)])))
     return Batch(**{**moved, "lists": tuple(lists)})
-
-
-def _swap(ranks: Ranks, x: Tensor, send: list[int], received: list[int]) -> Tensor:
-    found = x.new_empty((sum(received), *x.shape[1:]))
-    if 0 not in x.shape[1:]:  # else no column, with any rank
-        dist.all_to_all_single(found, x.contiguous(), received, send, group=ranks.host)
-    return found
 
 
 def _no_rows(encoder: Encoder) -> Batch:

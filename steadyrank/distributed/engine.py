@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -22,11 +22,12 @@ from ..errors import ConfigError
 from ..models.embeddings import NumberInputs
 from ..models.ranker import Ranker
 from ..native.rows import coalesce
-from ..ranks import ALONE, Ranks
+from ..ranks import Ranks
 from ..ranks.pace import Pace
 from ..schema import Batch
 from ..settings import Settings
 from ..shards import Rows, RowShards
+from .borrowed import blank_of, borrow, gather_whole
 from .unfused import empty_gradient
 
 
@@ -74,7 +75,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Ranker,
         ranks: Ranks,
         dense: Literal["ddp", "fsdp2"] = "ddp",
         rows: Mapping[str, tuple[Rows, ...]] | None = None,
@@ -87,8 +88,10 @@ class Engine:
         held = dict(model.named_parameters())
         self.tables = [held[name] for name in names]
         self._replicated = [held[name] for name in names if name not in self.rows]
-        self._numbers = [module for module in model.modules() if isinstance(module, NumberInputs)]
-        self._set_ranks(ranks)
+        self._blank = blank_of(model) if ranks.is_first else None
+        for module in model.modules():
+            if isinstance(module, NumberInputs):
+                module.ranks = ranks
         both = _Both(model)
         if dense == "ddp":
             self._forward: nn.Module = _replicate(both, [f"model.{name}" for name in names])
@@ -96,18 +99,16 @@ class Engine:
             _shard(model, set(self.tables), ranks)
             self._forward = both
 
-    def _set_ranks(self, ranks: Ranks) -> None:
-        for module in self._numbers:
-            module.ranks = ranks
+    def borrow(self, batches: Sequence[Batch]) -> nn.Module | None:
+        """Return a whole model on the first rank, to examine such batches (on the CPU) with; a collective.
 
-    @contextmanager
-    def by_itself(self) -> Iterator[None]:
-        """Let this rank call the whole model that it has, while the others do something else."""
-        self._set_ranks(ALONE)
-        try:
-            yield
-        finally:
-            self._set_ranks(self.ranks)
+        It is another one, that knows no rank but its own; elsewhere None.
+        """
+        return borrow(self.model, self._blank, self.rows, batches, self.ranks)
+
+    def gather_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights whole on the first rank, of which each may have a shard; elsewhere nothing. A collective."""
+        return gather_whole(state, self.ranks)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (serving, training) logits of this rank's rows."""

@@ -186,18 +186,18 @@ def _list_lookups(schema: Schema, plans: Sequence[Plan], device: torch.device) -
 
 
 def _draw(rows: Sequence[Rows], width: int, std: float, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Return the weights of the rows held here: all are drawn, block by block, and these are kept."""
+    """Return the weights of the rows held here: the blocks that they lie in are drawn, and these rows are kept."""
     held = torch.empty(sum(each.count for each in rows), width, device=device)
-    for start, end in draw_blocks(sum(each.rows for each in rows), width):
+    pieces = [(each.start + each.first, each.start + each.first + each.count) for each in rows]
+    for start, end, source in draw_blocks(sum(each.rows for each in rows), width, generator, pieces):
         block = torch.empty(end - start, width, device=generator.device)
-        fill_uniform(block, std, generator)
+        fill_uniform(block, std, source)
         place = 0
-        for each in rows:
-            first = each.start + each.first
-            low, high = max(start, first), min(end, first + each.count)
+        for first, last in pieces:
+            low, high = max(start, first), min(end, last)
             if low < high:
                 held[place + low - first : place + high - first] = block[low - start : high - start]
-            place += each.count
+            place += last - first
     return held
 
 

@@ -14,6 +14,11 @@ from .functions import rmse as rmse
 from .functions import share_attainable as share_attainable
 from .streams import CAPACITY as CAPACITY
 from .streams import DAY_US as DAY_US
+from .streams import Metrics as Metrics
 from .streams import ProgressiveMetrics as ProgressiveMetrics
+from .streams import ScoredRows as ScoredRows
 from .streams import TaskMetrics as TaskMetrics
-from .streams import update_all as update_all
+from .streams import Whole as Whole
+from .streams import compute_all as compute_all
+from .streams import deal_states as deal_states
+from .streams import rank_of as rank_of

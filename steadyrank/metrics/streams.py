@@ -1,9 +1,12 @@
 """Metrics of all tasks over a stream of batches: whole run, window and day.
 
-Shapes: B rows of a batch, N rows kept, K tasks, S sums.
+On several ranks each counts rows of its own: `compute_all` gives the metrics of all of them.
+
+Shapes: B rows of a batch, N rows kept, K tasks, S sums, M streams.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +15,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..ranks import ALONE, Ranks
 from .functions import (
     BINS,
     SUMS,
     TaskKind,
     add_to_bins,
-    auc,
-    auc_of_bins,
     auc_sums,
     binary_values,
     iso_day,
@@ -28,7 +30,10 @@ from .functions import (
     regression_values,
     task_sums,
 )
+from .several import Column, aucs
 
+Metrics = dict[str, dict[str, float]]
+"""`{task: {metric: value}}`, as from `TaskMetrics.compute`."""
 CAPACITY = 2**20
 """Rows that `TaskMetrics` keeps exactly before it folds them into sums and histograms."""
 DAY_US = 86_400_000_000
@@ -37,7 +42,22 @@ _SAVED = ("scores", "labels", "weights", "groups")
 """Names of the kept rows' columns in a state, [N, K] and [N]."""
 
 
-class _Rows(NamedTuple):
+class Whole(NamedTuple):
+    """What is known of a batch as a whole, whichever rows of it lie here."""
+
+    rows: int
+    last_day: int
+    """In days since 1970."""
+    last_day_rows: int
+
+    @staticmethod
+    def of(day_B: Any) -> "Whole":
+        """Return it for a batch of which all rows lie here, at least one."""
+        last = int(day_B.max())
+        return Whole(len(day_B), last, int((day_B == last).sum()))
+
+
+class ScoredRows(NamedTuple):
     """Rows as they came, never written to, so that several `TaskMetrics` may share them."""
 
     scores_KN: Any
@@ -46,7 +66,12 @@ class _Rows(NamedTuple):
     groups_N: Any
 
     @staticmethod
-    def copy_of(scores_BK: Tensor, labels_BK: Tensor, weights_BK: Tensor, groups_B: Tensor, tasks: int) -> "_Rows":
+    def copy_of(scores_BK: Tensor, labels_BK: Tensor, weights_BK: Tensor, groups_B: Tensor, tasks: int) -> "ScoredRows":
+        """Return a copy on the host.
+
+        Raises:
+            ConfigError: The shapes do not fit each other or the number of tasks.
+        """
         shapes = [tuple(t.shape) for t in (scores_BK, labels_BK, weights_BK, groups_B)]
         expected = (len(groups_B), tasks)
         if shapes != [expected, expected, expected, expected[:1]]:
@@ -55,22 +80,24 @@ class _Rows(NamedTuple):
                 f"{shapes}; give the model's output for the very batch that the labels belong to"
             )
         groups_N = groups_B.to("cpu", torch.int64, copy=True).numpy()
-        return _Rows(_copy(scores_BK), _copy(labels_BK), _copy(weights_BK), groups_N)
+        return ScoredRows(_copy(scores_BK), _copy(labels_BK), _copy(weights_BK), groups_N)
 
-    def rescored(self, scores_BK: Tensor) -> "_Rows":
+    def rescored(self, scores_BK: Tensor) -> "ScoredRows":
         """Return the same rows with other scores."""
         if tuple(scores_BK.shape) != self.scores_KN.shape[::-1]:
             raise ConfigError(f"expected scores of shape {self.scores_KN.shape[::-1]}, got {tuple(scores_BK.shape)}")
         return self._replace(scores_KN=_copy(scores_BK))
 
     @staticmethod
-    def cat(chunks: Sequence["_Rows"], tasks: int) -> "_Rows":
+    def cat(chunks: Sequence["ScoredRows"], tasks: int) -> "ScoredRows":
+        """Return the rows of all chunks, perhaps none."""
         empty = np.empty((tasks, 0), np.float32)
-        chunks = [_Rows(empty, empty, empty, np.empty(0, np.int64)), *chunks]
-        return _Rows(*(np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True)))
+        chunks = [ScoredRows(empty, empty, empty, np.empty(0, np.int64)), *chunks]
+        return ScoredRows(*(np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True)))
 
-    def take(self, index: Any) -> "_Rows":
-        return _Rows(*(part[..., index] for part in self))
+    def take(self, index: Any) -> "ScoredRows":
+        """Return the rows in `index`, or those marked in it."""
+        return ScoredRows(*(part[..., index] for part in self))
 
     def by_task(self) -> list[tuple[Any, Any, Any]]:
         """Return scores, labels and weights of each task."""
@@ -115,7 +142,7 @@ class TaskMetrics:
 
     def reset(self) -> None:
         """Forget all rows."""
-        self._chunks: list[_Rows] = []
+        self._chunks: list[ScoredRows] = []
         self._kept = 0
         self._sums_SK = np.zeros((len(SUMS), len(self.kinds)))
         self._gauc_2K = np.zeros((2, len(self.kinds)))
@@ -139,7 +166,14 @@ class TaskMetrics:
         Raises:
             ConfigError: the shapes do not fit each other or the number of tasks.
         """
-        self._append(_Rows.copy_of(scores_BK, labels_BK, weights_BK, groups_B, len(self.kinds)))
+        self.add(ScoredRows.copy_of(scores_BK, labels_BK, weights_BK, groups_B, len(self.kinds)))
+
+    def add(self, rows: ScoredRows, whole: int | None = None) -> None:
+        """Add rows that are not copied again; `whole` says how many they are with those of other ranks."""
+        self._chunks.append(rows)
+        self._kept += len(rows.groups_N) if whole is None else whole
+        if self._kept >= self.capacity:
+            self._fold()
 
     def merge(self, other: "TaskMetrics") -> None:
         """Add the rows that `other`, of the same tasks, has seen.
@@ -156,35 +190,26 @@ class TaskMetrics:
         for name, bins in other._bins.items():
             self._bins[name] = self._bins[name] + bins if name in self._bins else bins.copy()
         for rows in list(other._chunks):
-            self._append(rows)
+            self.add(rows)
 
-    def compute(self) -> dict[str, dict[str, float]]:
+    def compute(self) -> Metrics:
         """Return `{task: {metric: value}}`.
 
         A binary task has `auc`, `gauc` (if grouped), `log_loss` and `normalised_entropy`; a regression `rmse`,
         `normalised_rmse` and `mae`; both `calibration`, `rows` (that are not masked) and `weight`; a binary task also
         `positives`, the weight of its labels of 1.
         """
-        tasks, sums_SK, gauc_2K = self._joined()
-        found: dict[str, dict[str, float]] = {}
-        for k, (name, kind) in enumerate(self.kinds.items()):
-            if kind == "regression":
-                found[name] = regression_values(sums_SK[:, k])
-                continue
-            order = {"auc": self._auc_of(tasks[k], name)}
-            if self.grouped:
-                order["gauc"] = ratio(float(gauc_2K[0, k]), float(gauc_2K[1, k]))
-            found[name] = {**order, **binary_values(sums_SK[:, k])}
-        return found
+        return compute_all({"": self})[""]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was seen, as tensors and plain values."""
-        rows = _Rows.cat(self._chunks, len(self.kinds))
+        rows = ScoredRows.cat(self._chunks, len(self.kinds))
         return {
             "columns": self._columns(),
             "sums": torch.from_numpy(self._sums_SK.copy()),
             "gauc": torch.from_numpy(self._gauc_2K.copy()),
             "bins": {name: _pack_bins(bins) for name, bins in self._bins.items()},
+            "kept": self._kept,
             "rows": {name: torch.from_numpy(part.T.copy()) for name, part in zip(_SAVED, rows, strict=True)},
         }
 
@@ -202,18 +227,12 @@ class TaskMetrics:
         self._sums_SK = state["sums"].numpy().copy()
         self._gauc_2K = state["gauc"].numpy().copy()
         self._bins = {name: _unpack_bins(packed) for name, packed in state["bins"].items()}
-        rows = _Rows(*(np.array(state["rows"][name].numpy().T, order="C") for name in _SAVED))
-        self._chunks, self._kept = [rows], len(rows.groups_N)
+        rows = ScoredRows(*(np.array(state["rows"][name].numpy().T, order="C") for name in _SAVED))
+        self._chunks, self._kept = [rows], state.get("kept", len(rows.groups_N))
 
     def _columns(self) -> list[str]:
         """Return what each column means, for comparison with another's."""
         return [f"{name} ({kind}{', grouped' if self.grouped else ''})" for name, kind in self.kinds.items()]
-
-    def _append(self, rows: _Rows) -> None:
-        self._chunks.append(rows)
-        self._kept += len(rows.groups_N)
-        if self._kept >= self.capacity:
-            self._fold()
 
     def _fold(self) -> None:
         tasks, self._sums_SK, self._gauc_2K = self._joined()
@@ -224,7 +243,7 @@ class TaskMetrics:
 
     def _joined(self) -> tuple[list[tuple[Any, Any, Any]], Any, Any]:
         """Return the columns of each task, and the sums [S, K] and those behind GAUC [2, K] with their rows."""
-        rows = _Rows.cat(self._chunks, len(self.kinds))
+        rows = ScoredRows.cat(self._chunks, len(self.kinds))
         tasks = rows.by_task()
         sums = [task_sums(kind, *columns) for kind, columns in zip(self.kinds.values(), tasks, strict=True)]
         found_2K = np.zeros_like(self._gauc_2K)
@@ -235,12 +254,59 @@ class TaskMetrics:
                     found_2K[:, k] = auc_sums(*tasks[k], groups)
         return tasks, merge_sums(self._sums_SK, np.stack(sums, axis=1)), self._gauc_2K + found_2K
 
-    def _auc_of(self, columns: tuple[Any, Any, Any], name: str) -> float:
-        if name not in self._bins:
-            return auc(*columns)
-        bins_2N = self._bins[name].copy()
-        add_to_bins(bins_2N, *columns)
-        return auc_of_bins(bins_2N)
+    def _columns_of(self, tasks: list[tuple[Any, Any, Any]]) -> dict[str, Column]:
+        """Return what AUC is made of, by binary task."""
+        named = zip(self.kinds.items(), tasks, strict=True)
+        return {name: Column(*rows, self._bins.get(name)) for (name, kind), rows in named if kind == "binary"}
+
+    def _values(self, sums_SK: Any, gauc_2K: Any, auc: Mapping[str, float]) -> Metrics:
+        found: Metrics = {}
+        for k, (name, kind) in enumerate(self.kinds.items()):
+            if kind == "regression":
+                found[name] = regression_values(sums_SK[:, k])
+                continue
+            order = {"auc": auc[name]}
+            if self.grouped:
+                order["gauc"] = ratio(float(gauc_2K[0, k]), float(gauc_2K[1, k]))
+            found[name] = {**order, **binary_values(sums_SK[:, k])}
+        return found
+
+
+def compute_all(metrics: Mapping[str, TaskMetrics], ranks: Ranks = ALONE) -> dict[str, Metrics]:
+    """Return what each of several metrics computes, over the rows of all ranks. A collective.
+
+    On several ranks the rows of one group lie on one of them, and all were told of the same whole batches. GAUC and all
+    that follows from sums is then that of one process, but for the order of float64 sums; AUC is exactly that.
+
+    Args:
+        metrics: by name; of any tasks.
+        ranks: who has counted rows.
+    """
+    if not metrics:
+        return {}
+    joined = {name: each._joined() for name, each in metrics.items()}
+    columns = {
+        (name, task): column
+        for name, each in metrics.items()
+        for task, column in each._columns_of(joined[name][0]).items()
+    }
+    auc = dict(zip(columns, aucs(list(columns.values()), ranks), strict=True))
+    found = {}
+    for (name, each), parts in zip(metrics.items(), _gather_sums([x[1:] for x in joined.values()], ranks), strict=True):
+        found[name] = each._values(*parts, {task: auc[name, task] for task in each.kinds if (name, task) in auc})
+    return found
+
+
+def _gather_sums(parts: Sequence[tuple[Any, Any]], ranks: Ranks) -> list[tuple[Any, Any]]:
+    """Return the sums [S, K] and those behind GAUC [2, K] of all ranks."""
+    flat = torch.cat([torch.from_numpy(np.concatenate(pair).reshape(-1)) for pair in parts])
+    sizes = [sum(x.size for x in pair) for pair in parts]
+    found = []
+    for (sums_SK, _), each in zip(parts, ranks.gather(flat).split(sizes, 1), strict=True):
+        by_rank = each.numpy().reshape(ranks.size, -1, sums_SK.shape[1])
+        sums, gauc = by_rank[:, : len(SUMS)], by_rank[:, len(SUMS) :]
+        found.append((reduce(merge_sums, sums), gauc.sum(0)))
+    return found
 
 
 def _pack_bins(bins_2N: Any) -> dict[str, Tensor]:
@@ -289,37 +355,49 @@ class ProgressiveMetrics:
             scores_BK, labels_BK, weights_BK, groups_B: as for `TaskMetrics.update`.
             time_us_B: microseconds since 1970, UTC.
         """
-        update_all({"": self}, {"": scores_BK}, labels_BK, weights_BK, groups_B, time_us_B)
+        rows = ScoredRows.copy_of(scores_BK, labels_BK, weights_BK, groups_B, len(self.kinds))
+        day_B = time_us_B.cpu().numpy() // DAY_US
+        if len(day_B):
+            self.add(rows, day_B, Whole.of(day_B))
 
-    def _add(self, rows: _Rows, day_B: Any) -> None:
-        self._run._append(rows)
-        self._window._append(rows)
-        last = int(day_B.max())
-        if self._day is None or last > self._day:
-            self._day = last
+    def add(self, rows: ScoredRows, day_B: Any, whole: Whole) -> None:
+        """Add rows that are not copied again.
+
+        Args:
+            rows: those of a batch that lie here, perhaps none.
+            day_B: the day of each.
+            whole: what the batch is with those on other ranks.
+        """
+        self._run.add(rows, whole.rows)
+        self._window.add(rows, whole.rows)
+        if self._day is None or whole.last_day > self._day:
+            self._day = whole.last_day
             self._last_day.reset()
-        today_B = day_B == self._day
-        if today_B.any():
-            self._last_day._append(rows if today_B.all() else rows.take(today_B))
+        if whole.last_day == self._day:
+            today_B = day_B == self._day
+            self._last_day.add(rows if today_B.all() else rows.take(today_B), whole.last_day_rows)
 
-    def window(self) -> dict[str, dict[str, float]]:
+    def parts(self) -> dict[str, TaskMetrics]:
+        """Return the metrics of the `run`, the `window` and the `last_day`, which go on counting."""
+        return {"run": self._run, "window": self._window, "last_day": self._last_day}
+
+    def window(self) -> Metrics:
         """Return the metrics of the rows since the last call, and begin the next window."""
         found = self._window.compute()
         self._window.reset()
         return found
 
-    def run(self) -> dict[str, dict[str, float]]:
+    def run(self) -> Metrics:
         """Return the metrics of all rows."""
         return self._run.compute()
 
-    def last_day(self) -> dict[str, dict[str, float]]:
+    def last_day(self) -> Metrics:
         """Return the metrics of the rows of the last day seen so far (`day`)."""
         return self._last_day.compute()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was seen, as tensors and plain values."""
-        parts = {"run": self._run, "window": self._window, "last_day": self._last_day}
-        return {"day": self._day, **{name: part.state_dict() for name, part in parts.items()}}
+        return {"day": self._day, **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`.
@@ -327,37 +405,49 @@ class ProgressiveMetrics:
         Raises:
             CheckpointError: the state belongs to other tasks.
         """
-        self._run.load_state_dict(state["run"])
-        self._window.load_state_dict(state["window"])
-        self._last_day.load_state_dict(state["last_day"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         self._day = state["day"]
 
 
-def update_all(
-    metrics: Mapping[str, ProgressiveMetrics],
-    scores: Mapping[str, Float[Tensor, "batch tasks"]],
-    labels_BK: Float[Tensor, "batch tasks"],
-    weights_BK: Float[Tensor, "batch tasks"],
-    groups_B: Int64[Tensor, " batch"],
-    time_us_B: Int64[Tensor, " batch"],
-) -> None:
-    """Add the rows of a batch to several metrics, each with scores of its own; they share one copy of the rest.
+def deal_states(states: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Return what each of `size` ranks goes on from, of the states of `ProgressiveMetrics` on another number of them.
 
-    Args:
-        metrics: by name, of the same tasks.
-        scores: for each of them, as for `TaskMetrics.update`.
-        labels_BK, weights_BK, groups_B, time_us_B: as for `ProgressiveMetrics.update`.
-
-    Raises:
-        ConfigError: the shapes do not fit each other or the number of tasks.
+    Kept rows go to the rank of their group, as they would have come; all sums to the first.
     """
-    shared: _Rows | None = None
-    day_B = time_us_B.cpu().numpy() // DAY_US
-    for name, each in metrics.items():
-        if shared is None:
-            shared = _Rows.copy_of(scores[name], labels_BK, weights_BK, groups_B, len(each.kinds))
-            rows = shared
-        else:
-            rows = shared.rescored(scores[name])
-        if len(day_B):
-            each._add(rows, day_B)
+    names = [name for name in states[0] if name != "day"]
+    dealt = {name: _deal_task_states([state[name] for state in states], size) for name in names}
+    return [{"day": states[0]["day"], **{name: dealt[name][rank] for name in names}} for rank in range(size)]
+
+
+def _deal_task_states(states: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
+    sums_SK = reduce(merge_sums, [state["sums"].numpy() for state in states])
+    gauc_2K = sum(state["gauc"] for state in states)
+    bins = {name: sum(_unpack_bins(state["bins"][name]) for state in states) for name in states[0]["bins"]}
+    rows = {name: torch.cat([state["rows"][name] for state in states]) for name in _SAVED}
+    owner_N = rank_of(rows["groups"], size)
+    found = []
+    for rank in range(size):
+        first = 1.0 if rank == 0 else 0.0
+        found.append(
+            {
+                **states[0],
+                "sums": torch.from_numpy(sums_SK * first),
+                "gauc": gauc_2K * first,
+                # Bins say on every rank that the rows were folded.
+                "bins": {name: _pack_bins(held * first) for name, held in bins.items()},
+                "rows": {name: part[owner_N == rank] for name, part in rows.items()},
+            }
+        )
+    return found
+
+
+def rank_of(group_B: Int64[Tensor, " batch"], size: int) -> Int64[Tensor, " batch"]:
+    """Return which rank counts the rows of each group.
+
+    Where ids are taken as they are, id i has row i + 1 of its table: a group's mean then lies with its rows.
+
+    >>> rank_of(torch.tensor([7, -1, 4]), 4)
+    tensor([0, 0, 1])
+    """
+    return (group_B + 1).remainder(size)

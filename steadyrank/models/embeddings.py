@@ -20,7 +20,7 @@ from ..schema import Batch, NumberFeature, Ragged, Schema
 from .layers import fill_uniform
 
 BLOCK = 1 << 24
-"""Weights that are drawn at a time: whoever holds a part of a matrix draws all of it, and never holds all of it."""
+"""Weights that one generator draws: part of what a seed means for a matrix of more."""
 
 
 class Tables(nn.Module):
@@ -80,8 +80,8 @@ class EmbeddingTables(Tables):
         for width in self.widths:
             rows = sum(slot.rows for slot in schema.tables.values() if slot.width == width)
             weight_RD = torch.empty(rows, width, device=generator.device)
-            for start, end in draw_blocks(rows, width):
-                fill_uniform(weight_RD[start:end], std, generator)
+            for start, end, source in draw_blocks(rows, width, generator, [(0, rows)]):
+                fill_uniform(weight_RD[start:end], std, source)
             self.weights[f"width_{width}"] = nn.Parameter(weight_RD)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch width_out"]:
@@ -96,17 +96,56 @@ MakeTables = Callable[[Schema, float, torch.Generator], Tables]
 """What makes a ranker's tables, from the schema, the standard deviation of the weights and what draws them."""
 
 
-def draw_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield first and end row of each block of a matrix whose weights are drawn together, in their order.
+def draw_blocks(
+    rows: int, width: int, generator: torch.Generator, held: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, torch.Generator]]:
+    """Yield the blocks of a weight matrix that someone must draw who holds some of its rows, in their order.
 
-    On a CPU one draw of all gives the same numbers; on a GPU the blocks are part of what a seed means.
+    A matrix of one block is drawn by `generator` itself, by everyone. For a larger one `generator` draws a seed only,
+    and each block has a generator of its own, made from that seed and the block's number. So a row has the same weights
+    whoever draws it, and `generator` is left in the same state.
 
-    >>> list(draw_blocks(3_000_000, 8))
+    On CPUs the numbers are the same everywhere; a run draws there. A GPU's generator gives others, which torch's source
+    deals out by the number of multiprocessors: the same on GPUs of one model. That was not tried.
+
+    Args:
+        rows: Of the whole matrix.
+        width: Its columns.
+        generator: In the same state for all who hold rows of the matrix.
+        held: First and end row of each piece that is held; those of an empty piece are equal.
+
+    Yields:
+        The block's first and end row, and what draws all of it.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> [block[:2] for block in draw_blocks(3_000_000, 8, generator, [(0, 3_000_000)])]
     [(0, 2097152), (2097152, 3000000)]
+    >>> [block[:2] for block in draw_blocks(3_000_000, 8, generator, [(2_500_000, 2_600_000)])]
+    [(2097152, 3000000)]
     """
     step = max(1, BLOCK // width)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    if rows <= step:
+        yield 0, rows, generator
+        return
+    seed = int(torch.randint(1 << 32, (), generator=generator, device=generator.device))
+    for number, start in enumerate(range(0, rows, step)):
+        end = min(start + step, rows)
+        if any(max(start, first) < min(end, last) for first, last in held):
+            yield start, end, torch.Generator(generator.device).manual_seed(_mix(seed + number))
+
+
+def _mix(number: int) -> int:
+    """Return another number of 32 bits for each number of 32 bits, far from those of its neighbours.
+
+    torch's generator on a CPU looks at 32 bits of a seed: of 40,000 seeds drawn at random two would be alike in one run
+    of six.
+
+    Source: the last step of MurmurHash3, fmix32.
+    """
+    x = number & 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
 
 
 class Plan(NamedTuple):

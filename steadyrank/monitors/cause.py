@@ -25,8 +25,9 @@ OUT_OF_RANGE = 7.0
 """Robust standard deviations from which a loss, a gradient or a layer has left its range."""
 WORST = 10
 """Rows named."""
+READ = 16
+"""Usual batches, the newest, that the model is called with, each in K + 1 passes."""
 _FLOOR = 0.1  # a spread of logarithms below it is taken for it: a tenth more is never remarkable
-_USUAL_READ = 16  # usual batches whose losses and gradients are read, each in K + 1 passes
 _BEGAN = 10  # steps before the bad one that are not taken for usual where its beginning is not known
 
 StateOrData = Literal["data", "state", "both", "neither", "unknown"]
@@ -201,7 +202,7 @@ def find_cause(
         return read_rows(model, each.to(device), tasks, loss, state)
 
     readings = read(batch)
-    few = usual[-_USUAL_READ:]
+    few = usual[-READ:]
     usual_now = [read(each) for each in few]
     by_task = _read_tasks(schema, readings, usual_now, losses_TK)
     verdict: StateOrData = "unknown"

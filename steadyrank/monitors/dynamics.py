@@ -14,6 +14,7 @@ has no readings.
 import math
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,6 +25,7 @@ from ..optim import kernels
 from ..optim.guarded import wide_dtype
 from ..optim.rivals import TRUST_RATIO, overall_norm
 from ..optim.rules import factor_within, smallest, unit_norms
+from ..ranks import Ranks
 from .readings import Reading
 
 CLIP_FACTOR = "clip_factor"  # the state key under which an optimizer keeps the factor of its last step
@@ -100,7 +102,7 @@ class Dynamics:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
         self._named = [(name, p) for name, p in named_parameters if p.numel()]
         self._optimizers = [inner for optimizer in optimizers for inner in with_inner(optimizer)]
-        self._before: _Held = []
+        self._before: list[_Held] = []
         self._gradients: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
@@ -110,12 +112,11 @@ class Dynamics:
         Args:
             matrices: Keep weights of more than one dimension only, and read no gradients: enough for `look`.
         """
-        held = [
-            (name, p)
+        self._before = [
+            _hold(name, p, p.grad)
             for name, p in self._named
             if p.grad is not None and not p.grad.is_sparse and (p.dim() > 1 or not matrices)
         ]
-        self._before = [(name, p, p.detach().clone()) for name, p in held]
         # Now, since an optimizer may clip gradients in place.
         self._gradients = [] if matrices else [_read_gradients(here) for here in _by_device(self._before)]
 
@@ -125,8 +126,7 @@ class Dynamics:
         held, self._before = self._before, []
         found: list[Reading] = []
         for here in _by_device(held):
-            weights, updates = _updates(here)
-            found.append(Reading("update_over_bound", [name for name, *_ in here], _over_bound(weights, updates)))
+            found.append(Reading("update_over_bound", [each.name for each in here], _over_bound(*_updates(here))))
         return found
 
     @torch.no_grad()
@@ -140,22 +140,21 @@ class Dynamics:
             for reading in self._read(here, found)
         ]
 
-    def _read(self, held: "_Held", gradients: dict[str, Tensor]) -> list[Reading]:
-        weights, updates = _updates(held)
-        rates_P, factors_P = self._rates_and_factors([p for _, p, _ in held])
-        w_P, u_P, largest_P = _norms(weights), _norms(updates), kernels.largest(updates)
+    def _read(self, held: "list[_Held]", gradients: dict[str, Tensor]) -> list[Reading]:
+        weights, updates, shards = _updates(held)
+        rates_P, factors_P = self._rates_and_factors([each.parameter for each in held])
+        w_P, u_P, largest_P = gradients["weight_norm"], _norms(updates, shards), _largest(updates, shards)
         floors = torch._foreach_abs(weights)
         torch._foreach_clamp_min_(floors, WEIGHT_FLOOR)
-        over_P, step_P = _over_bound(weights, updates), rates_P * factors_P
+        over_P, step_P = _over_bound(weights, updates, shards), rates_P * factors_P
         r_P = u_P / step_P
         by_area = {
             **gradients,
-            "weight_norm": w_P,
             "update_norm": u_P,
             "gradient_over_weight": gradients["gradient_norm"] / w_P,
             "update_over_weight": u_P / w_P,
             "update_max": largest_P,
-            "update_over_weight_max": kernels.largest(kernels.bound_ratios(updates, list(floors), positive=True)),
+            "update_over_weight_max": _largest(kernels.bound_ratios(updates, list(floors), positive=True), shards),
             "update_over_bound": over_P,
             "direction_max": largest_P / step_P,
             # LAMB's own rule: 1 where the weights are 0, or the step is.
@@ -163,7 +162,7 @@ class Dynamics:
             # What the ratio would have been without the factor of the optimizer in use.
             "factor_clippy": kernels.factor_of(over_P / factors_P),
         }
-        names = [name for name, *_ in held]
+        names = [each.name for each in held]
         return [Reading(area, names, values) for area, values in by_area.items()] + self._accumulators(held)
 
     def _rates_and_factors(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
@@ -184,16 +183,16 @@ class Dynamics:
             eta_P = torch.tensor(eta, dtype=one.dtype).to(one.device, non_blocking=True)
         return eta_P, torch.stack([factors.get(id(p), one).to(one).reshape(()) for p in parameters])
 
-    def _accumulators(self, held: "_Held") -> list[Reading]:
+    def _accumulators(self, held: "list[_Held]") -> list[Reading]:
         """Return three quantiles of each accumulator, from an even sample of its coordinates: one sort for all."""
         names, samples = [], []
-        for name, p, _ in held:
+        for each in held:
             for optimizer in self._optimizers:
-                state = optimizer.state.get(p, {})
+                state = optimizer.state.get(each.parameter, {})
                 squares = next((state[key] for key in SQUARES if isinstance(state.get(key), Tensor)), None)
                 if squares is not None and squares.numel():
                     flat = kernels.whole(squares).reshape(-1)
-                    names.append(name)
+                    names.append(each.name)
                     samples.append(flat[_spread(flat.numel(), flat.device)].float())
         if not names:
             return []
@@ -204,7 +203,24 @@ class Dynamics:
         ]
 
 
-_Held = list[tuple[str, nn.Parameter, Tensor]]  # name, parameter, and its values from before the step
+class _Held(NamedTuple):
+    """A parameter before the step; of a DTensor in shards, this rank's part of it."""
+
+    name: str
+    parameter: nn.Parameter
+    before: Tensor
+    grad: Tensor
+    shards: Ranks | None
+    """Who holds the other parts; None where this is all of it."""
+    in_parts: bool
+    """Whether `before` and `grad` are the plain tensors within DTensors."""
+
+
+def _hold(name: str, p: nn.Parameter, grad: Tensor) -> _Held:
+    parts = kernels.parts_of([p.detach(), grad])
+    if parts is None or parts.dim:  # the units that AGC looks at have to lie on one rank
+        return _Held(name, p, p.detach().clone(), grad, None, False)
+    return _Held(name, p, parts.tensors[0].clone(), parts.tensors[1], parts.ranks, True)
 
 
 @cache
@@ -213,52 +229,62 @@ def _spread(count: int, device: torch.device) -> Int64[Tensor, " sample"]:
     return torch.arange(_SAMPLE, device=device) * count // _SAMPLE
 
 
-def _by_device(held: _Held) -> list[_Held]:
-    devices = dict.fromkeys(p.device for _, p, _ in held)
-    return [[each for each in held if each[1].device == device] for device in devices]
+def _by_device(held: list[_Held]) -> list[list[_Held]]:
+    devices = dict.fromkeys(each.parameter.device for each in held)
+    return [[each for each in held if each.parameter.device == device] for device in devices]
 
 
-def _read_gradients(held: _Held) -> dict[str, Float[Tensor, " tensors"]]:
-    """Return the norm of each gradient, and what GC and AGC would make of it."""
-    weights = [before.to(wide_dtype(before.dtype)) for *_, before in held]
-    grads = [p.grad.to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True) if p.grad is not None]
-    g_P = _norms(grads)
-    agc_P = torch.stack([agc_factor(g, w).to(g_P) for g, w in zip(grads, weights, strict=True)])
+def _read_gradients(held: list[_Held]) -> dict[str, Float[Tensor, " tensors"]]:
+    """Return the norms of each gradient and weight, and what GC and AGC would make of the gradient."""
+    weights = [each.before.to(wide_dtype(each.before.dtype)) for each in held]
+    grads = [each.grad.to(w.dtype) for each, w in zip(held, weights, strict=True)]
+    shards = [each.shards for each in held]
+    g_P, w_P = _norms(grads, shards), _norms(weights, shards)
+    whole_P = factor_within(g_P, AGC_SHARE * w_P.clamp(min=AGC_FLOOR))
+    units = [
+        agc_factor(g, w).to(g_P) if g.dim() > 1 else one for g, w, one in zip(grads, weights, whole_P, strict=True)
+    ]
+    agc_P = kernels.over_shards(torch.stack(units), shards, lambda each: each.amin(0))
     return {
         "gradient_norm": g_P,
         # A NaN sets no limit, so that it would show as a factor of 1.
         "factor_gc": torch.where(g_P.isnan(), torch.nan, factor_within(g_P, torch.full_like(g_P, GC_NORM))),
         "factor_agc": torch.where(g_P.isnan(), torch.nan, agc_P),
+        "weight_norm": w_P,
     }
 
 
-def _updates(held: _Held) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the weights before the step, and how far it moved them; in float32 or wider."""
+def _updates(held: list[_Held]) -> tuple[list[Tensor], list[Tensor], list[Ranks | None]]:
+    """Return the weights before the step, how far it moved them, in float32 or wider; and who holds other parts."""
     # Norms of bfloat16 would be good for two digits.
-    weights = [before.to(wide_dtype(before.dtype)) for *_, before in held]
-    now = [p.detach().to(w.dtype) for (_, p, _), w in zip(held, weights, strict=True)]
-    return weights, list(torch._foreach_sub(weights, now))
+    weights = [each.before.to(wide_dtype(each.before.dtype)) for each in held]
+    values = [kernels.local(each.parameter) if each.in_parts else each.parameter.detach() for each in held]
+    now = [value.to(w.dtype) for value, w in zip(values, weights, strict=True)]
+    return weights, list(torch._foreach_sub(weights, now)), [each.shards for each in held]
 
 
-def _over_bound(weights: list[Tensor], updates: list[Tensor]) -> Float[Tensor, " tensors"]:
+def _over_bound(weights: list[Tensor], updates: list[Tensor], shards: list[Ranks | None]) -> Float[Tensor, " tensors"]:
     """Return max_i |u_i| / (0.5 |w_i| + 0.01) of each tensor: above 1, Clippy would have shortened the step."""
     bounds = kernels.update_bounds(weights, PAPER_RELATIVE, PAPER_ABSOLUTE, 0.0, [], 0.0)
-    return kernels.largest(kernels.bound_ratios(updates, bounds, positive=True))
+    return _largest(kernels.bound_ratios(updates, bounds, positive=True), shards)
 
 
 def agc_factor(grad: Tensor, weight: Tensor) -> Float[Tensor, ""]:
-    """Return the least factor that `optim.AGC` would give a unit of this gradient.
+    """Return the least factor that `optim.AGC` would give a unit of this gradient, of more than one dimension.
 
     >>> agc_factor(torch.tensor([[0.0, 0.1], [0.0, 0.001]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
     tensor(0.2000)
     """
-    by_row = grad.dim() > 1
-    return smallest(
-        factor_within(unit_norms(grad, by_row), AGC_SHARE * unit_norms(weight, by_row).clamp(min=AGC_FLOOR))
-    )
+    return smallest(factor_within(unit_norms(grad, True), AGC_SHARE * unit_norms(weight, True).clamp(min=AGC_FLOOR)))
 
 
-def _norms(tensors: list[Tensor]) -> Float[Tensor, " tensors"]:
+def _largest(tensors: list[Tensor], shards: list[Ranks | None]) -> Float[Tensor, " tensors"]:
+    return kernels.over_shards(kernels.largest(tensors), shards)
+
+
+def _norms(tensors: list[Tensor], shards: list[Ranks | None]) -> Float[Tensor, " tensors"]:
     if all(type(x) in (Tensor, nn.Parameter) and x.numel() <= _SMALL for x in tensors):
-        return torch.stack(torch._foreach_norm(tensors)).float()
-    return torch.stack([overall_norm(x).float() for x in tensors])
+        found_P = torch.stack(torch._foreach_norm(tensors)).float()
+    else:
+        found_P = torch.stack([overall_norm(x).float() for x in tensors])
+    return kernels.over_shards(found_P, shards, kernels.joint_norm)

@@ -10,7 +10,7 @@ Shapes: B rows, R usual batches, N values of one feature in one batch, V differe
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
+from ..ranks import Ranks
 from ..schema import Batch, Ragged, Schema
 
 LABEL = "label of "
@@ -47,11 +48,30 @@ class Reference:
     def __init__(self, every: int = 10, keep: int = 48, rows: int = 512) -> None:
         self.every, self.rows = every, rows
         self._kept: deque[tuple[int, Batch]] = deque(maxlen=keep)
+        self._joined = 0  # the last step of which the rows of all ranks are here
 
-    def add(self, step: int, batch: Batch) -> None:
-        """Look at the batch of a step; keep it when its turn has come."""
+    def add(self, step: int, batch: Batch, first: int = 0) -> None:
+        """Look at the batch of a step; keep it when its turn has come.
+
+        Args:
+            step: Which one.
+            batch: The batch, or this rank's share of it.
+            first: The share's first row in the whole batch.
+        """
         if step % self.every == 0:
-            self._kept.append((step, thin(batch, self.rows)))
+            self._kept.append((step, thin(batch, self.rows, first)))
+
+    def join(self, ranks: Ranks) -> None:
+        """Let the first rank have the rows of all; the others forget theirs. A collective."""
+        if ranks.is_alone:
+            return
+        new = [(step, batch) for step, batch in self._kept if step > self._joined]
+        parts = ranks.collect([batch for _, batch in new])
+        known = [each for each in self._kept if each[0] <= self._joined]
+        whole = [(step, Batch.cat(each)) for (step, _), *each in zip(new, *parts, strict=True)] if parts else []
+        self._joined = new[-1][0] if new else self._joined
+        self._kept.clear()
+        self._kept.extend(known + whole if ranks.is_first else [])
 
     def before(self, step: int) -> list[Batch]:
         """Return the batches of the steps before `step`, oldest first."""
@@ -65,13 +85,15 @@ class Reference:
         """Take up what `state_dict` gave."""
         self._kept.clear()
         self._kept.extend((step, _unpack(packed)) for step, packed in state["kept"])
+        self._joined = self._kept[-1][0] if self._kept else 0
 
 
-def thin(batch: Batch, rows: int) -> Batch:
-    """Return at most `rows` rows of a batch, evenly spread."""
-    if len(batch) <= rows:
-        return batch
-    return batch.take(torch.arange(rows, device=batch.time.device) * len(batch) // rows)
+def thin(batch: Batch, rows: int, first: int = 0) -> Batch:
+    """Return at most `rows` rows of a batch, evenly spread; of a share, which begins at row `first`, those in it."""
+    if batch.whole_rows <= rows:
+        return batch if batch.share is None else replace(batch, share=None)
+    chosen = torch.arange(rows, device=batch.time.device) * batch.whole_rows // rows - first
+    return batch.take(chosen[(chosen >= 0) & (chosen < len(batch))])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ..errors import ConfigError
 from ..native.rows import can_step, coalesce, step_rowwise_adagrad
 from . import kernels
-from .guarded import BAD_STEPS, SUM, GuardedOptimizer, Touched, parameter_label, take_in, wide_dtype
+from .guarded import BAD_STEPS, SUM, Asking, GuardedOptimizer, Touched, parameter_label, take_in, wide_dtype
 
 
 class RowWiseAdagrad(GuardedOptimizer):
@@ -84,16 +84,19 @@ class RowWiseAdagrad(GuardedOptimizer):
                 return Touched(param, param, coalesce(grad), state)
         return super()._touch(param, index, group)
 
-    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        total, eps = state[SUM], group["eps"]
+    def _takes_shards(self, dim: int, group: dict[str, Any]) -> bool:
+        return dim == 0  # a row has to lie on one rank
+
+    def _update(self, each: Touched, group: dict[str, Any]) -> Asking[None]:
+        weight, grad, total, eps = each.weight, each.grad, each.state[SUM], group["eps"]
         # (sqrt(G) + eps)^2 is never below G + eps^2.
         floor = group["initial_accumulator_value"] + eps**2
         if grad.is_sparse:
             rate = float(group["lr"])
             limit = kernels.gradient_limit(total.dtype, rate, floor) / math.sqrt(max(1, weight[:1].numel()))
             taken = step_rowwise_adagrad(weight, total, grad, -rate if group["maximize"] else rate, eps, float(limit))
-            state[BAD_STEPS].add_(not taken)
+            each.state[BAD_STEPS].add_(not taken)
             return
-        grad, lr, _ = take_in(grad, state, group, floor)
+        grad, lr, _ = yield from take_in(each, total, group, floor)
         total.add_(kernels.row_mean_square(grad))
         weight.sub_(kernels.rowwise_delta(grad, total, lr, eps))

@@ -4,7 +4,7 @@ import math
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .. import native
@@ -41,6 +41,9 @@ class BoundedOptimizer(GuardedOptimizer):
     The maximum is taken over what shares a factor (`granularity`). With `quantile` q > 0 the ratio that only the share
     q of the coordinates exceeds takes the place of the maximum, and those coordinates stop at their own bound. s is 1,
     or after `calibration_steps` what the calibration found.
+
+    A DTensor in shards on a mesh of one dimension is stepped in its parts, by plain operations; all else of DTensors by
+    DTensor's own.
 
     A parameter that is one rank's part of a table has the attributes `sharded_over`, the `Ranks` that hold all of it,
     and `sharded_rows` (ends of its pieces, and what makes a row here one of the whole table). What holds for a tensor
@@ -101,6 +104,15 @@ class BoundedOptimizer(GuardedOptimizer):
         if group["foreach"] and group["fused"]:
             raise ConfigError("foreach and fused: at most one of them can be True")
 
+    def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
+        touched = super()._touch(param, index, group)
+        touched.shards = touched.shards or getattr(param, "sharded_over", None)
+        return touched
+
+    def _takes_shards(self, dim: int, group: dict[str, Any]) -> bool:
+        # The k-th largest of shards is not that of the whole; and a row has to lie on one rank to be judged there.
+        return not group["quantile"] and (dim == 0 or (group["granularity"] == "tensor" and not group["telemetry"]))
+
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         dtype = wide_dtype(param.dtype)
         one = torch.ones((), dtype=dtype, device=param.device)
@@ -118,7 +130,7 @@ class BoundedOptimizer(GuardedOptimizer):
         # In the order of the parameters, not of a set: with shards, all processes have to go through them alike.
         for kind in dict.fromkeys(_kind_of(each) for each in rest):
             alike = [each for each in rest if _kind_of(each) == kind]
-            device, _, shards = kind
+            device, shards = kind[0], alike[0].shards
             if shards is not None:  # not by their size, which differs from rank to rank
                 self._check_shards(alike, group)
                 self._step_lists(alike, group)
@@ -135,8 +147,8 @@ class BoundedOptimizer(GuardedOptimizer):
         taken: list[Touched] = []
         rest: list[Touched] = []
         for each in touched:
-            whole = getattr(each.param, "sharded_over", None) is None  # the kernel knows of no other rank
-            (taken if whole and fused.takes(each, self.row_states) else rest).append(each)
+            # The kernel knows of no other rank.
+            (taken if each.shards is None and fused.takes(each, self.row_states) else rest).append(each)
         if must:
             self._check_fused(rest, group)
         if not taken or not self._plain(group) or not native.available(must) or not math.isfinite(float(group["lr"])):
@@ -307,7 +319,9 @@ class BoundedOptimizer(GuardedOptimizer):
             if BINDING in each.state:
                 self._note_binding(each, ratio)
                 self._name_binding(each)
-                self._share_binding(each, ratio)
+        told = [pair for pair in zip(touched, ratios, strict=True) if BINDING in pair[0].state]
+        if told and told[0][0].shards is not None:
+            self._share_bindings(*map(list, zip(*told, strict=True)), told[0][0].shards)
         return factors
 
     def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
@@ -360,20 +374,19 @@ class BoundedOptimizer(GuardedOptimizer):
         row = each.rows.index_select(0, (place // width).reshape(1)).reshape(())
         binding.copy_(torch.where(binding < 0, binding, row * width + place % width))
 
-    def _share_binding(self, each: Touched, ratio: Tensor) -> None:
-        """Of a table cut over ranks: take the coordinate of the rank that has the worst, and the share over all."""
-        [ranks] = kernels.shards_of([each.param])
-        if ranks is None or ranks.is_alone:
-            return
-        binding, share, width = each.state[BINDING], each.state[BIND_FRAC], max(1, each.weight.shape[1:].numel())
-        ends, shifts = each.param.sharded_rows  # type: ignore[attr-defined]  # beside `sharded_over`
-        piece = torch.searchsorted(ends, binding.clamp(min=0) // width, right=True).clamp(max=len(ends) - 1)
-        shift = shifts.index_select(0, piece.reshape(1)).reshape(())  # indexing would wait for the GPU
-        place = torch.where(binding < 0, binding, binding + shift * width)
-        count = torch.full_like(share, ratio.numel())
-        worst, counts, above = ranks.gather(torch.stack([kernels.largest([ratio])[0], count, share * count])).unbind(1)
-        binding.copy_(ranks.gather(place).index_select(0, worst.argmax().reshape(1)).reshape(()))
-        share.copy_(above.sum() / counts.sum().clamp(min=1))
+    def _share_bindings(self, touched: list[Touched], ratios: list[Tensor], ranks: Ranks) -> None:
+        """Of tensors cut over ranks: take the coordinate of the rank that has the worst, and the share over all."""
+        shares_P = torch.stack([each.state[BIND_FRAC] for each in touched])
+        counts_P = torch.stack([torch.full_like(share, r.numel()) for share, r in zip(shares_P, ratios, strict=True)])
+        found_NPX = ranks.gather(torch.stack([kernels.largest(ratios), counts_P, shares_P * counts_P], 1))
+        worst_NP, counts_NP, above_NP = found_NPX.unbind(2)
+        places_NP, sizes_NP = ranks.gather(torch.stack([_place_here(each) for each in touched], 1)).unbind(1)
+        before_NP = sizes_NP.cumsum(0) - sizes_NP
+        places_NP = torch.where(places_NP < 0, places_NP, places_NP + before_NP)
+        places_P = places_NP.gather(0, worst_NP.argmax(0, keepdim=True))[0]
+        shares_P = above_NP.sum(0) / counts_NP.sum(0).clamp(min=1)
+        torch._foreach_copy_([each.state[BINDING] for each in touched], list(places_P.unbind()))
+        torch._foreach_copy_([each.state[BIND_FRAC] for each in touched], list(shares_P.unbind()))
 
     def _apply(
         self,
@@ -401,16 +414,31 @@ def worst_of(ratio: Tensor, granularity: str) -> Tensor:
     return kernels.worst_by_row(ratio) if has_rows(ratio, granularity) else kernels.largest([ratio])[0]
 
 
-def _kind_of(each: Touched) -> tuple[torch.device, torch.dtype, Ranks | None]:
-    [shards] = kernels.shards_of([each.param])
-    return each.weight.device, each.weight.dtype, shards
+def _kind_of(each: Touched) -> tuple[torch.device, torch.dtype, Ranks | None, bool]:
+    return each.weight.device, each.weight.dtype, each.shards, hasattr(each.weight, "to_local")
 
 
 def _shards(touched: list[Touched], group: dict[str, Any]) -> list[Ranks | None]:
-    """Return of each tensor the ranks that have to be asked; none where every row is judged by itself."""
+    """Return of each tensor the ranks that have to be asked; none for tables of which every row is judged by itself."""
     if group["granularity"] == "row" and not group["calibration_steps"]:
-        return [None] * len(touched)
-    return kernels.shards_of([each.param for each in touched])
+        return [None if hasattr(each.param, "sharded_over") else each.shards for each in touched]
+    return [each.shards for each in touched]
+
+
+def _place_here(each: Touched) -> Int64[Tensor, "two"]:
+    """Return where the coordinate noted in BINDING stands, and how many come between one rank's first and the next's.
+
+    Of a table the first is its place in the whole of it, and the second 0.
+    """
+    binding = each.state[BINDING]
+    if not hasattr(each.param, "sharded_over"):
+        return torch.stack([binding, torch.full_like(binding, each.weight.numel())])
+    ends, shifts = each.param.sharded_rows  # type: ignore[attr-defined]  # beside `sharded_over`
+    width = max(1, each.weight.shape[1:].numel())
+    piece = torch.searchsorted(ends, binding.clamp(min=0) // width, right=True).clamp(max=len(ends) - 1)
+    shift = shifts.index_select(0, piece.reshape(1)).reshape(())  # indexing would wait for the GPU
+    place = torch.where(binding < 0, binding, binding + shift * width)
+    return torch.stack([place, torch.zeros_like(place)])
 
 
 def _weights(touched: list[Touched]) -> list[Tensor]:

@@ -1,9 +1,10 @@
 """What our optimizers share: state, groups, refused gradients, sparse rows, loading (`GuardedOptimizer`)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, ConfigError
 from ..native.rows import coalesce, gather, put_back
+from ..ranks import Ranks
 from . import kernels
 
 STEP = "step"
@@ -54,7 +56,10 @@ def parameter_label(group: dict[str, Any], index: int) -> str:
 
 @dataclass
 class Touched:
-    """What a step reads and writes of one parameter: all of it, or with a sparse gradient the rows that it touches."""
+    """What a step reads and writes of one parameter: all of it, or with a sparse gradient the rows that it touches.
+
+    Of a DTensor in shards it is this rank's part: `weight`, `grad` and the states are then the plain tensors within.
+    """
 
     param: Tensor
     weight: Tensor
@@ -62,6 +67,26 @@ class Touched:
     state: dict[str, Tensor]
     rows: Tensor | None = None
     """The touched rows; `weight`, `grad` and the row states are then gathered copies of them."""
+    shards: Ranks | None = None
+    """Who holds the other parts of the parameter; None where this is all of it."""
+
+    def numel(self) -> int:
+        """Return how many coordinates step together, on all ranks."""
+        return self.weight.numel() if self.shards is None else self.param.numel()
+
+
+class Ask(NamedTuple):
+    """Numbers of what lies here of a tensor, as its step asks what they are of the whole: it is answered in one row."""
+
+    norms: tuple[Tensor, ...]
+    """L2 norms, 0-d."""
+    sums: tuple[Tensor, ...] = ()
+    """Sums, 0-d."""
+
+
+T = TypeVar("T")
+Asking = Generator[Ask, tuple[Tensor, ...], T]
+"""A computation that asks now and then; `step_together` answers."""
 
 
 class GuardedOptimizer(Optimizer):
@@ -72,7 +97,7 @@ class GuardedOptimizer(Optimizer):
     the host in a step.
 
     A subclass gives `_fresh_state`, and `_update` for one tensor or `_update_all` for all of a group; sparse gradients
-    reach both as their touched rows. A `state_dict` of the torch optimizer that a subclass stands for loads too.
+    reach both as their touched rows, and DTensors as this rank's shards where `_takes_shards` says so. A `state_dict` of the torch optimizer that a subclass stands for loads too.
     """
 
     row_states: ClassVar[tuple[str, ...]] = (SUM,)
@@ -229,12 +254,23 @@ class GuardedOptimizer(Optimizer):
 
     def _update_all(self, touched: list[Touched], group: dict[str, Any]) -> None:
         """Change the weights and states in place."""
+        kinds: dict[Any, list[Asking[None]]] = {}
         for each in touched:
-            self._update(each.weight, each.grad, each.state, group)
+            step = self._update(each, group)
+            if each.shards is None:
+                step_together([step], None)
+            else:
+                kinds.setdefault((each.shards, each.weight.device, each.weight.dtype), []).append(step)
+        for (shards, *_), steps in kinds.items():
+            step_together(steps, shards)
 
-    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Change `weight` and the tensors of `state` in place."""
+    def _update(self, each: Touched, group: dict[str, Any]) -> Asking[None]:
+        """Change the weight and the tensors of the state in place."""
         raise NotImplementedError(f"{type(self).__name__} gives no _update")
+
+    def _takes_shards(self, dim: int, group: dict[str, Any]) -> bool:
+        """Say whether each rank can step its own part of what is cut along a dimension; if not, DTensor does it."""
+        return True
 
     def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
         grad = param.grad
@@ -243,7 +279,11 @@ class GuardedOptimizer(Optimizer):
         if not state:
             state.update(self._fresh_state(param, group))
         if grad.layout == torch.strided:
-            return Touched(param, param, grad, state)
+            parts = kernels.parts_of([param, grad, *state.values()])
+            if parts is None or (parts.ranks is not None and not self._takes_shards(parts.dim, group)):
+                return Touched(param, param, grad, state)
+            weight, grad, *states = parts.tensors
+            return Touched(param, weight, grad, dict(zip(state, states, strict=True)), shards=parts.ranks)
         if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
             raise ConfigError(
                 f"{parameter_label(group, index)} has a gradient of layout {grad.layout}; expected a dense one, or a "
@@ -256,6 +296,8 @@ class GuardedOptimizer(Optimizer):
 
     def _put_back(self, touched: Touched) -> None:
         if touched.rows is None:
+            if touched.weight is not touched.param:
+                torch.autograd.graph.increment_version([touched.param])  # as after an operation on the DTensor itself
             return
         put_back(touched.param, touched.rows, touched.weight)
         state = self.state[touched.param]
@@ -282,22 +324,58 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def step_together(steps: Sequence[Asking[None]], shards: Ranks | None) -> None:
+    """Make the steps of some tensors; what all of them ask at once costs one collective.
+
+    Args:
+        steps: They ask equally often, and as much.
+        shards: Who holds parts of each of these tensors; None where they are whole, and then each is its own answer.
+    """
+    answers: list[Any] = [None] * len(steps)
+    while True:
+        asked = []
+        for step, answer in zip(steps, answers, strict=True):
+            try:
+                asked.append(step.send(answer))
+            except StopIteration:
+                pass
+        if not asked:
+            return
+        answers = [(*ask.norms, *ask.sums) for ask in asked]
+        if shards is not None:
+            found_PX = torch.stack([torch.stack(answer) for answer in answers])
+            split = partial(_of_the_whole, norms=len(asked[0].norms))
+            answers = [row_X.unbind() for row_X in kernels.over_shards(found_PX, [shards] * len(asked), split)]
+
+
+def _of_the_whole(found_NPX: Tensor, norms: int) -> Tensor:
+    return torch.cat([kernels.joint_norm(found_NPX[..., :norms]), found_NPX[..., norms:].sum(0)], -1)
+
+
 def take_in(
-    grad: Float[Tensor, "*shape"], state: dict[str, Tensor], group: dict[str, Any], floor: float
-) -> tuple[Float[Tensor, "*shape"], Float[Tensor, ""], Bool[Tensor, ""]]:
-    """Decide on a gradient, and count it in `state` if it is refused.
+    each: Touched, total: Float[Tensor, "*states"], group: dict[str, Any], floor: float
+) -> Asking[tuple[Float[Tensor, "*shape"], Float[Tensor, ""], Bool[Tensor, ""]]]:
+    """Decide on a gradient, and count it if it is refused.
+
+    Args:
+        each: Whose gradient.
+        total: G, the accumulator.
+        group: Its options.
+        floor: As in `kernels.is_usable`.
 
     Returns:
         The gradient to descend and the learning rate, both in the accumulator's dtype and both zero if refused; and
         whether it is usable.
     """
-    total, lr = state[SUM], group["lr"]
+    grad, lr = each.grad, group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.to(total.device, total.dtype, non_blocking=True).reshape(())
     else:
         lr = torch.full((), lr, dtype=total.dtype, device=total.device)
-    usable = kernels.is_usable(grad, total, lr, floor)
-    state[BAD_STEPS].add_(~usable)
+    norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, total.dtype))
+    norm, start = yield Ask((kernels.whole(norm),), (kernels.whole(total.sum()),))
+    usable = kernels.is_usable(norm, start, lr, floor)
+    each.state[BAD_STEPS].add_(~usable)
     grad = grad.to(total.dtype)
     grad = kernels.keep_where(usable, -grad if group["maximize"] else grad)
     return grad, kernels.keep_where(usable, lr), usable

@@ -6,15 +6,16 @@ delta the step that would be taken unbounded, sigma clip factor; P tensors.
 What is done alike for many tensors takes lists of them, so that on a GPU one launch serves a whole model (torch's
 `_foreach_` functions, which its own optimizers are made of). All of it also takes DTensors: what is reduced over a
 tensor is reduced over its shards. A plain tensor that is one rank's part of a table (its parameter is `sharded_over`
-ranks) has its numbers reduced by `over_shards`.
+ranks), or of a DTensor (`parts_of`), has its numbers reduced by `over_shards`.
 
 What comes out of bad numbers is decided once, by `is_usable` or `are_usable`: a gradient that fails is replaced by
 zeros (`keep_where`) before anything is computed from it. The other kernels then only see finite numbers.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +27,7 @@ Tensors = list[Tensor]
 
 
 def is_usable(
-    grad: Float[Tensor, "*shape"], accumulator: Float[Tensor, "*states"], lr: Float[Tensor, ""], floor: float
+    norm: Float[Tensor, ""], total: Float[Tensor, ""], lr: Float[Tensor, ""], floor: float
 ) -> Bool[Tensor, ""]:
     """Say whether a gradient can be taken in without any number leaving the finite range.
 
@@ -38,21 +39,19 @@ def is_usable(
     very edge of the range is refused too early, never too late.
 
     Args:
-        grad: g, in any floating-point dtype.
-        accumulator: G before the step, 0 or more; its dtype sets the range.
+        norm: ||g||, of the whole tensor, in the accumulator's dtype or a wider one, which sets the range.
+        total: sum G, of the whole accumulator before the step, 0 or more.
         lr: eta.
         floor: a number above 0 that G plus epsilon never goes below.
 
     Returns:
         One truth value on the device. True for an empty tensor and a finite rate.
 
-    >>> big = torch.tensor([1e20, 0.0])
-    >>> [bool(is_usable(g, torch.ones(2), torch.tensor(0.1), 1e-7)) for g in (big, big / 100, big * torch.nan)]
+    >>> one, big = torch.tensor(1.0), torch.tensor(1e20)
+    >>> [bool(is_usable(norm, one, 0.1 * one, 1e-7)) for norm in (big, big / 100, big * torch.nan)]
     [False, True, False]
     """
-    dtype = torch.promote_types(grad.dtype, accumulator.dtype)
-    norm = whole(torch.linalg.vector_norm(grad, dtype=dtype))
-    return torch.isfinite(whole(accumulator.sum()) + norm.square()) & torch.isfinite(norm * lr / math.sqrt(floor))
+    return torch.isfinite(total + norm.square()) & torch.isfinite(norm * lr / math.sqrt(floor))
 
 
 def keep_where(usable: Bool[Tensor, ""], x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -134,8 +133,67 @@ def over_shards(
 
 
 def local(x: Tensor) -> Tensor:
-    """Return the part of a DTensor that lies here; of a plain tensor, itself."""
-    return cast(Tensor, x.to_local()) if hasattr(x, "to_local") else x
+    """Return the part of a DTensor that lies here, out of autograd's sight; of a plain tensor, itself."""
+    if not hasattr(x, "to_local"):
+        return x
+    with torch.no_grad():  # with gradients on, torch makes a node of its graph
+        return cast(Tensor, x.to_local())
+
+
+def joint_norm(norms: Float[Tensor, "ranks *shape"]) -> Float[Tensor, "*shape"]:
+    """Return the L2 norm of what is in parts from those of the parts; for `over_shards`.
+
+    >>> joint_norm(torch.tensor([[3.0], [4.0]]))
+    tensor([5.])
+    """
+    return cast(Tensor, torch.linalg.vector_norm(norms, dim=0))
+
+
+class Parts(NamedTuple):
+    """What lies on this rank of some DTensors that are cut alike over one row of ranks."""
+
+    tensors: Tensors
+    """The plain tensors within, where all that is written into them is seen."""
+    ranks: Ranks | None
+    """Who holds the other parts; None where each rank has all of it."""
+    dim: int
+    """The dimension that is cut."""
+
+
+def parts_of(tensors: Sequence[Tensor]) -> Parts | None:
+    """Return the parts of DTensors that lie here, for plain operations on them; None where DTensor has to do it.
+
+    It dispatches every operation in Python, which on small tensors takes ten times as long as the operation, and
+    reduces every tensor by itself. Left to it is what lies on a mesh of more than one dimension, in another way than in
+    shards or copies, or not as the others do.
+
+    Args:
+        tensors: A parameter and what belongs to it: DTensors that lie as it does, and plain tensors; out of autograd's
+            sight.
+    """
+    mesh = getattr(tensors[0], "device_mesh", None)
+    if mesh is None or mesh.ndim != 1 or mesh.get_coordinate() is None or torch.compiler.is_compiling():
+        return None
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # heavy, and loaded already by whoever made it
+
+    [placement] = tensors[0].placements  # type: ignore[attr-defined]  # a DTensor
+    kind, here = type(placement), []
+    for x in tensors:
+        if isinstance(x, DTensor):
+            if x.placements != (placement,) or x.device_mesh != mesh:
+                return None
+            x = x.to_local()
+            if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != mesh.device_type:
+                return None
+        here.append(x)
+    if kind is Shard:
+        return Parts(here, _ranks_of(mesh.get_group()) if mesh.size() > 1 else None, placement.dim)
+    return Parts(here, None, 0) if kind is Replicate else None
+
+
+@lru_cache(maxsize=16)
+def _ranks_of(group: Any) -> Ranks:
+    return Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group, group)
 
 
 HEADROOM = 0.75

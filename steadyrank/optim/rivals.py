@@ -15,7 +15,18 @@ from ..errors import ConfigError
 from . import kernels
 from .bounded import CLIP_FACTOR
 from .clippy import EXP_AVG, EXP_AVG_SQ
-from .guarded import BAD_STEPS, STEP, SUM, GuardedOptimizer, parameter_label, take_in, wide_dtype
+from .guarded import (
+    BAD_STEPS,
+    STEP,
+    SUM,
+    Ask,
+    Asking,
+    GuardedOptimizer,
+    Touched,
+    parameter_label,
+    take_in,
+    wide_dtype,
+)
 
 TRUST_RATIO = "trust_ratio"
 """State key: sigma of the last step, by which LAMB scales the step; 0-d, 0 or more, on the device. 0 if refused."""
@@ -49,7 +60,15 @@ def trust_ratio(weight: Float[Tensor, "*shape"], update: Float[Tensor, "*shape"]
     >>> trust_ratio(w, u, 10.0), trust_ratio(w, u, 2.0), trust_ratio(0 * w, u, 10.0)
     (tensor(2.5000), tensor(2.), tensor(1.))
     """
-    w_norm, u_norm = overall_norm(weight), overall_norm(update)
+    return ratio_of_norms(overall_norm(weight), overall_norm(update), ceiling)
+
+
+def ratio_of_norms(w_norm: Float[Tensor, ""], u_norm: Float[Tensor, ""], ceiling: float) -> Float[Tensor, ""]:
+    """Return `trust_ratio` from the norms of weights and update.
+
+    >>> ratio_of_norms(torch.tensor(5.0), torch.tensor(2.0), 2.0)
+    tensor(2.)
+    """
     ratio = w_norm / u_norm  # infinite or NaN where ||u|| is 0
     return torch.where((w_norm > 0) & torch.isfinite(ratio), ratio, 1.0).clamp(max=ceiling)
 
@@ -92,8 +111,16 @@ def update_rms(grad: Float[Tensor, "*shape"], square: Float[Tensor, "*shape"], e
     >>> update_rms(torch.tensor([2.0, 0.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0]), 1e-6)
     tensor(1.4142)
     """
-    roots = torch.sqrt(square).clamp(min=max(eps, torch.finfo(square.dtype).tiny))
-    return overall_norm(grad / roots) / math.sqrt(max(1, grad.numel()))
+    return overall_norm(over_roots(grad, square, eps)) / math.sqrt(max(1, grad.numel()))
+
+
+def over_roots(grad: Float[Tensor, "*shape"], square: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape"]:
+    """Return g / max(sqrt(v), eps), of whose squares `update_rms` takes the mean.
+
+    >>> over_roots(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 0.0]), 0.0)
+    tensor([1., 0.])
+    """
+    return grad / torch.sqrt(square).clamp(min=max(eps, torch.finfo(square.dtype).tiny))
 
 
 def _check_ceiling(group: dict[str, Any]) -> None:
@@ -115,20 +142,16 @@ def _fresh_scalar(param: Tensor) -> Float[Tensor, ""]:
 
 
 def _apply_lamb(
-    weight: Tensor,
-    update: Tensor,
-    lr: Float[Tensor, ""],
-    usable: Bool[Tensor, ""],
-    state: dict[str, Tensor],
-    group: dict[str, Any],
-) -> None:
+    each: Touched, update: Tensor, lr: Float[Tensor, ""], usable: Bool[Tensor, ""], group: dict[str, Any]
+) -> Asking[None]:
     """Add weight decay to an update, scale it by the trust ratio, and make the step; none if it is not usable."""
-    wide = weight.to(update.dtype)
+    wide = each.weight.to(update.dtype)
     update = update + group["weight_decay"] * wide if group["weight_decay"] else update
-    ratio = trust_ratio(wide, update, group["trust_clip"])
-    state[TRUST_RATIO].copy_(kernels.keep_where(usable, ratio))
+    w_norm, u_norm = yield Ask((overall_norm(wide), overall_norm(update)))
+    ratio = ratio_of_norms(w_norm, u_norm, group["trust_clip"])
+    each.state[TRUST_RATIO].copy_(kernels.keep_where(usable, ratio))
     # The ratio first: with the rate before it, their product could leave the range where the step does not.
-    weight.sub_(kernels.keep_where(usable, update * ratio * lr))
+    each.weight.sub_(kernels.keep_where(usable, update * ratio * lr))
 
 
 class LambAdagrad(GuardedOptimizer):
@@ -198,11 +221,12 @@ class LambAdagrad(GuardedOptimizer):
         total = torch.full_like(param, group["initial_accumulator_value"], dtype=wide_dtype(param.dtype))
         return {**super()._fresh_state(param, group), SUM: total, TRUST_RATIO: _fresh_scalar(param)}
 
-    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        grad, lr, usable = take_in(grad, state, group, 1.0)  # |g| / sqrt(G) is at most 1: this g is in G
-        state[SUM].addcmul_(grad, grad)
-        update = kernels.adagrad_deltas([grad], [state[SUM]], torch.ones_like(lr), group["eps"])[0]
-        _apply_lamb(weight, update, lr, usable, state, group)
+    def _update(self, each: Touched, group: dict[str, Any]) -> Asking[None]:
+        total = each.state[SUM]
+        grad, lr, usable = yield from take_in(each, total, group, 1.0)  # |g| / sqrt(G) is at most 1: this g is in G
+        total.addcmul_(grad, grad)
+        update = kernels.adagrad_deltas([grad], [total], torch.ones_like(lr), group["eps"])[0]
+        yield from _apply_lamb(each, update, lr, usable, group)
 
 
 class _OnMoments(GuardedOptimizer):
@@ -222,12 +246,13 @@ class _OnMoments(GuardedOptimizer):
         return {**super()._fresh_state(param, group), **moments}
 
     def _take_in(
-        self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> tuple[Tensor, Float[Tensor, ""], Bool[Tensor, ""], Float[Tensor, ""]]:
+        self, each: Touched, group: dict[str, Any]
+    ) -> Asking[tuple[Tensor, Float[Tensor, ""], Bool[Tensor, ""], Float[Tensor, ""]]]:
         """Let the moments take in a gradient, and return it as `take_in` does, with the number of steps taken in."""
+        state = each.state
         mean, square = state[EXP_AVG], state[EXP_AVG_SQ]
         # v is the accumulator here, and |m| / sqrt(v) is bounded by the betas alone.
-        grad, lr, usable = take_in(grad, {**state, SUM: square}, group, 1.0)
+        grad, lr, usable = yield from take_in(each, square, group, 1.0)
         # Selected: a zero in the place of a refused gradient would still make the moments decay.
         for old, new in zip((mean, square), moments_after(mean, square, grad, group["betas"]), strict=True):
             old.copy_(torch.where(usable, new, old))
@@ -299,10 +324,10 @@ class Lamb(_OnMoments):
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {**super()._fresh_state(param, group), TRUST_RATIO: _fresh_scalar(param)}
 
-    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        grad, lr, usable, steps = self._take_in(grad, state, group)
-        update = adam_direction(state[EXP_AVG], state[EXP_AVG_SQ], steps, group["betas"], group["eps"])
-        _apply_lamb(weight, update, lr, usable, state, group)
+    def _update(self, each: Touched, group: dict[str, Any]) -> Asking[None]:
+        _, lr, usable, steps = yield from self._take_in(each, group)
+        update = adam_direction(each.state[EXP_AVG], each.state[EXP_AVG_SQ], steps, group["betas"], group["eps"])
+        yield from _apply_lamb(each, update, lr, usable, group)
 
 
 class StableAdamW(_OnMoments):
@@ -362,12 +387,13 @@ class StableAdamW(_OnMoments):
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {**super()._fresh_state(param, group), CLIP_FACTOR: _fresh_scalar(param)}
 
-    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        grad, lr, usable, steps = self._take_in(grad, state, group)
-        betas, eps = group["betas"], group["eps"]
-        update = adam_direction(state[EXP_AVG], state[EXP_AVG_SQ], steps, betas, eps)
+    def _update(self, each: Touched, group: dict[str, Any]) -> Asking[None]:
+        grad, lr, usable, steps = yield from self._take_in(each, group)
+        weight, square, betas, eps = each.weight, each.state[EXP_AVG_SQ], group["betas"], group["eps"]
+        update = adam_direction(each.state[EXP_AVG], square, steps, betas, eps)
         if group["weight_decay"]:
             update = update + group["weight_decay"] * weight.to(update.dtype)
-        factor = kernels.factor_of(update_rms(grad, state[EXP_AVG_SQ] / kernels.debias(betas[1], steps), eps))
-        state[CLIP_FACTOR].copy_(kernels.keep_where(usable, factor))
+        [norm] = yield Ask((overall_norm(over_roots(grad, square / kernels.debias(betas[1], steps), eps)),))
+        factor = kernels.factor_of(norm / math.sqrt(max(1, each.numel())))
+        each.state[CLIP_FACTOR].copy_(kernels.keep_where(usable, factor))
         weight.sub_(kernels.keep_where(usable, update * (lr * factor)))

@@ -6,7 +6,7 @@ processes of one run, which are one user's.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -105,6 +105,52 @@ class Ranks:
         with self.waits.noted():
             dist.broadcast_object_list(held, src=source, group=self.host)
         return held[0]  # type: ignore[return-value]  # of the source, which gave a T
+
+    def hand_out(self, values: Sequence[T]) -> T:
+        """Return the value that the first rank has for this one; what others give is not looked at."""
+        if self.is_alone:
+            return values[0]
+        found: list[Any] = [None]
+        with self.waits.noted():
+            dist.scatter_object_list(found, list(values) if self.is_first else None, src=0, group=self.host)
+        return found[0]  # type: ignore[no-any-return]  # of the first rank, which gave Ts
+
+    def swap(self, x: Tensor, send: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send rows of a tensor on the host: so many to each rank in turn; return those that come, rank by rank."""
+        if self.is_alone:
+            return x
+        found = x.new_empty((sum(received), *x.shape[1:]))
+        if 0 not in x.shape[1:]:  # else no column, with any rank
+            with self.waits.noted():
+                dist.all_to_all_single(found, x.contiguous(), list(received), list(send), group=self.host)
+        return found
+
+    def route(self, columns: Sequence[Tensor], owner_B: Tensor) -> list[Tensor]:
+        """Send each row of some tensors on the host to its owner; return those that come, rank by rank.
+
+        >>> ALONE.route([torch.tensor([5, 6])], torch.tensor([0, 0]))
+        [tensor([5, 6])]
+        """
+        if self.is_alone:
+            return list(columns)
+        order, send, received = self._by_owner(owner_B)
+        return [self.swap(column[order], send, received) for column in columns]
+
+    def ask(self, columns: Sequence[Tensor], owner_B: Tensor, answer: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """Send each row of some tensors to its owner, and return what it answers: for each row that came, a row."""
+        if self.is_alone:
+            return answer(list(columns))
+        order, send, received = self._by_owner(owner_B)
+        came = answer([self.swap(column[order], send, received) for column in columns])
+        back = self.swap(came, received, send)
+        found = torch.empty_like(back)
+        found[order] = back
+        return found
+
+    def _by_owner(self, owner_B: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Return the rows in the order of their owners, how many go to each rank, and how many come from each."""
+        send = owner_B.bincount(minlength=self.size)
+        return owner_B.argsort(stable=True), send.tolist(), self.gather(send)[:, self.rank].tolist()
 
     def on_first(self, do: Callable[[], T]) -> T:
         """Let the first rank do something; all return what it returned, or raise what it raised."""
