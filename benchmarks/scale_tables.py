@@ -269,7 +269,8 @@ def host_sent(job: Job, parts: Sequence[str]) -> Sent:
     """Return what some parts make a rank send, where every id of a rank's rows is another one."""
     run = {"ranks": job.ranks, "batch": job.batch * job.ranks, "dense": job.dense, "tensors": 60, "tasks": job.tasks,
            "ids": job.ids, "lists": 0, "elements": 0, "numbers": job.numbers, "positions": 0, "width": job.width,
-           "touched": 0, "kinds": {}, "bases": job.bases, "pairs": job.bases * job.batch * (job.ranks - 1) / job.ranks}  # fmt: skip
+           "touched": 0, "kinds": {}, "bases": job.bases,
+           "pairs": job.bases * job.batch * (job.ranks - 1) / job.ranks}  # fmt: skip
     counts = counts_of(run)
     return spread_out(job, sum(FORMULAS[part][1](counts) for part in parts))
 

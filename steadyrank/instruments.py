@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .data.deal import share_of
 from .data.logs import Reader
 from .data.rows import show_rows
+from .distributed.borrowed import gather_whole
 from .distributed.engine import Engine
 from .distributed.merging import Merger
 from .errors import CheckpointError
@@ -189,7 +190,7 @@ class Instruments:
         if self._engine is not None:
             batches = self._join(batch, min(since, step))
             borrowed = self._engine.borrow(batches)
-            earlier = earlier and earlier._replace(state=self._engine.gather_whole(earlier.state))
+            earlier = earlier and earlier._replace(state=gather_whole(earlier.state, self.ranks))
             if borrowed is None:
                 return
             model, batch = borrowed, batches[0]

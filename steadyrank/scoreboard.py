@@ -7,7 +7,7 @@ Shapes: B rows, S steps, K tasks, F features of baselines.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .baselines import GLOBAL, Labelled, RunningMean, best, deal_means
+from .data.ahead import Worker
 from .metrics import (
     DAY_US,
     Metrics,
@@ -233,25 +234,39 @@ def _deal(states: Sequence[Mapping[str, Any]], size: int) -> list[Mapping[str, A
 
 
 class Pending:
-    """Steps whose scores are still on the device.
+    """Steps whose scores are still on the device, or are being counted: in a thread, while the next steps are made.
 
     Args:
-        board: Takes batches with their scores.
+        board: Takes batches with their scores; the group of its ranks is nobody else's.
     """
 
     def __init__(self, board: Scoreboard) -> None:
-        self._board = board
+        self._board, self._worker = board, Worker("metrics")
         self._held: list[tuple[Batch, Tensor]] = []
+        self._wait: Callable[[], None] = lambda: None
 
     def add(self, batch: Batch, scores_BK: Float[Tensor, "batch tasks"]) -> None:
         """Keep a step: its rows as the reader gave them, and their scores where they lie. No host sync."""
         self._held.append((batch, scores_BK))
 
     def flush(self) -> None:
-        """Bring the scores to the host in one copy, and count them."""
+        """Bring the scores to the host in one copy, and begin to count them once those before are counted."""
         if not self._held:
             return
         batches = [batch for batch, _ in self._held]
         scores_NK = torch.cat([scores_BK for _, scores_BK in self._held]).float().cpu()
         self._held = []
-        self._board.add_steps(batches, scores_NK.split([len(batch) for batch in batches]))
+        self.settle()
+        self._wait = self._worker.begin(
+            lambda: self._board.add_steps(batches, scores_NK.split([len(batch) for batch in batches]))
+        )
+
+    def settle(self) -> Scoreboard:
+        """Return the board once all that was flushed is counted."""
+        wait, self._wait = self._wait, lambda: None
+        wait()
+        return self._board
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.close()

@@ -56,8 +56,9 @@ class Session:
         self.step = self.rows = 0
         self.clock = Clock(parts.engine.pace if parts.engine else None)
         self.cursor = Cursor()
-        self.board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth, ranks=self.ranks)
-        self._pending = Pending(self.board)
+        # Counted in a thread, whose exchange with other ranks must not meet that of the steps.
+        self._board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth, ranks=self.ranks.another())
+        self._pending = Pending(self._board)
         self.readings = Readings(tasks, parts.model.named_parameters(), optimizers)
         self.trackers = Trackers([])
         self.instruments: Instruments | None = None
@@ -177,14 +178,14 @@ class Session:
             "rescue": self.rescue.state_dict(),
             "troubles": [list(trouble) for trouble in self._troubles],
             "day": self._day,
-            "board": self.board.state_dict(),
+            "board": self._pending.settle().state_dict(),
             **self._trained_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[FileNote]:
         """Go on from `state`; returns what has become of the log since."""
         self._load_trained_state(self.parts.unpack(state))
-        self.board.load_state_dict(state["board"])
+        self._pending.settle().load_state_dict(state["board"])
         notes = self.parts.reader.load_state_dict(state["reader"], self.cursor.next_row)
         self.step, self.rows = state["step"], state["rows"]
         self.clock.load_state_dict(state)
@@ -343,7 +344,7 @@ class Session:
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
             rows = self.rows + self.rescue.rows_skipped
-            auc = self.board.auc_so_far()
+            auc = self._board.auc_so_far()
             self.on_progress(Progress(self.step, rows, self.parts.reader.rows, speed, losses, auc))
         self._judge()
         self.persist(self.folder.flush)
@@ -372,7 +373,7 @@ class Session:
     def _close_window(self) -> None:
         """Write the metrics of the progressive window that ends here."""
         self._flush()
-        row = self.board.close_window()
+        row = self._pending.settle().close_window()
         if row:
             row |= {"log/rows": float(self.rows), "log/time_s": (self.clock.last_time or 0) / 1e6}
             self._write("windows", self.step, row)
@@ -434,7 +435,9 @@ class Session:
     def _remember(self, healthy: bool) -> None:
         """Keep the state as it is in memory, to return to."""
         if healthy and self.rescue.mode == "on":
-            refusal = self.rescue.ring.add(self.step, {**self._trained_state(), "board": self.board.state_dict()})
+            refusal = self.rescue.ring.add(
+                self.step, {**self._trained_state(), "board": self._pending.settle().state_dict()}
+            )
             if refusal:
                 self.event("recovery", refusal)
 
@@ -448,7 +451,7 @@ class Session:
         state = self.parts.unpack(state)
         instruments = None if self.instruments is None else self.instruments.go_back(state["instruments"])
         self._load_trained_state({**state, "instruments": instruments})
-        self.board.load_state_dict(state["board"])
+        self._pending.settle().load_state_dict(state["board"])
         reader = self.parts.reader
         state["reader"]["source"] = reader.source.state_dict()
         self._note_files(reader.load_state_dict(state["reader"], self.cursor.next_row))
@@ -489,7 +492,7 @@ class Session:
 
     def _outcomes(self) -> dict[str, Any]:
         """Return what each task reached, with its verdict."""
-        tasks = self.board.summary()
+        tasks = self._pending.settle().summary()
         if self.instruments is not None:
             for name, verdict in self.instruments.watch.verdicts.summary().items():
                 tasks[name]["verdict"] = verdict

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steadyrank import scoreboard
+from steadyrank.errors import ConfigError
 from steadyrank.ranks import ALONE
 from steadyrank.scoreboard import Pending, Scoreboard
 
@@ -81,10 +82,26 @@ def test_one_process_counts_step_by_step_or_flush_by_flush(monkeypatch: pytest.M
     for batch, scores in steps:
         single.add(batch, scores)
         held.add(batch, scores)
+        if len(batch) % 7 == 0:
+            held.flush()
     held.flush()
     held.flush()  # of nothing
+    assert held.settle() is pending
     assert json.dumps(single.close_window()) == json.dumps(pending.close_window())
     assert json.dumps(single.summary()) == json.dumps(pending.summary())
+    held.close()
+
+
+def test_what_goes_wrong_while_counting_is_raised_where_it_is_waited_for() -> None:
+    schema = make_schema(True)
+    (batch, scores), *_ = make_steps(schema, True, False)
+    held = Pending(Scoreboard(schema))
+    held.add(batch, scores[:, :2])
+    held.flush()
+    with pytest.raises(ConfigError, match=r"expected scores, labels and weights of shape \[rows, 3\]"):
+        held.settle()
+    held.settle()  # is said once
+    held.close()
 
 
 def test_a_board_of_one_process_is_saved_as_it_was() -> None:

@@ -18,13 +18,16 @@ class Worker:
 
     It is made by the thread of the steps, of whose number of torch's threads it must know.
 
+    Args:
+        name: The thread's.
+
     >>> worker = Worker()
     >>> worker.begin(lambda: "done")(), worker.close()
     ('done', None)
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
+    def __init__(self, name: str = "read_ahead") -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._thread = _start(self._pool)
         self._last: Future[Any] | None = None
 

@@ -4,8 +4,9 @@ Its dense weights are all that there are; of the tables it has the rows that tho
 the ranks that hold them. On these batches it says what the whole model would say, and so do its gradients; what is done
 to it is not done to the run.
 
-What that takes, in bytes: for U different rows of width D that the batches look up, each rank hears 8 U, and those that
-hold them send 8 + 4 D each; the first one keeps these, and with FSDP2 4 bytes for each dense parameter.
+What that takes, in bytes: for the U different rows of width D that the batches look up each rank hears 8 U, and those
+that hold them send 8 + 4 D each, to the first rank, which keeps these. With FSDP2 every rank hears all P dense weights,
+4 P, one tensor after the other, and the first one keeps them.
 
 Shapes: B rows, U different rows of the tables of one width, H of them held here, D width.
 """
@@ -81,7 +82,7 @@ def borrow(
         return None
     whole = copy.deepcopy(blank)
     whole.load_state_dict(dense, assign=True)
-    whole.tables = tables
+    whole.add_module("tables", tables)
     return whole.train(model.training)
 
 
@@ -102,7 +103,7 @@ def gather_whole(state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]
     """Return tensors whole on the first rank, of which each may have a shard; elsewhere nothing. A collective."""
     found = {}
     for name, x in state.items():
-        whole = x.full_tensor() if is_dtensor(x) else x  # type: ignore[operator]  # a DTensor's
+        whole = x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined]  # a DTensor's
         if ranks.is_first:
             found[name] = whole
     return found

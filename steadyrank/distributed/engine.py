@@ -27,7 +27,7 @@ from ..ranks.pace import Pace
 from ..schema import Batch
 from ..settings import Settings
 from ..shards import Rows, RowShards
-from .borrowed import blank_of, borrow, gather_whole
+from .borrowed import blank_of, borrow
 from .unfused import empty_gradient
 
 
@@ -105,10 +105,6 @@ class Engine:
         It is another one, that knows no rank but its own; elsewhere None.
         """
         return borrow(self.model, self._blank, self.rows, batches, self.ranks)
-
-    def gather_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights whole on the first rank, of which each may have a shard; elsewhere nothing. A collective."""
-        return gather_whole(state, self.ranks)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (serving, training) logits of this rank's rows."""

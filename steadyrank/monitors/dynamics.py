@@ -185,18 +185,20 @@ class Dynamics:
 
     def _accumulators(self, held: "list[_Held]") -> list[Reading]:
         """Return three quantiles of each accumulator, from an even sample of its coordinates: one sort for all."""
-        names, samples = [], []
+        names, samples, shards = [], [], []
         for each in held:
             for optimizer in self._optimizers:
                 state = optimizer.state.get(each.parameter, {})
                 squares = next((state[key] for key in SQUARES if isinstance(state.get(key), Tensor)), None)
                 if squares is not None and squares.numel():
-                    flat = kernels.whole(squares).reshape(-1)
+                    sample_S, ranks = _sample(squares)
                     names.append(each.name)
-                    samples.append(flat[_spread(flat.numel(), flat.device)].float())
+                    samples.append(sample_S)
+                    shards.append(ranks)
         if not names:
             return []
-        sorted_PS = torch.stack(samples).sort(dim=1).values
+        samples_PS = kernels.over_shards(torch.stack(samples), shards, lambda each: each.sum(0))
+        sorted_PS = samples_PS.sort(dim=1).values
         return [
             Reading(f"accumulator_{area}", names, sorted_PS[:, round(q * (_SAMPLE - 1))])
             for area, q in (("q01", 0.01), ("q50", 0.5), ("q99", 0.99))
@@ -227,6 +229,23 @@ def _hold(name: str, p: nn.Parameter, grad: Tensor) -> _Held:
 def _spread(count: int, device: torch.device) -> Int64[Tensor, " sample"]:
     """Return places spread evenly over so many coordinates."""
     return torch.arange(_SAMPLE, device=device) * count // _SAMPLE
+
+
+def _sample(x: Tensor) -> tuple[Float[Tensor, " sample"], Ranks | None]:
+    """Return values from all over a tensor; if it is in shards those that lie here, zeros for others, and the ranks."""
+    parts = kernels.parts_of([x])
+    if parts is None or parts.ranks is None or parts.dim:
+        flat = kernels.whole(x).reshape(-1)
+        return flat[_spread(flat.numel(), flat.device)].float(), None
+    flat, ranks = parts.tensors[0].reshape(-1), parts.ranks
+    if not flat.numel():
+        return flat.new_zeros(_SAMPLE).float(), ranks
+    before = (
+        -(-len(x) // ranks.size) * ranks.rank * x.shape[1:].numel()
+    )  # all but the last have the same number of rows
+    here_S = _spread(x.numel(), flat.device) - before
+    mine_S = (here_S >= 0) & (here_S < flat.numel())
+    return torch.where(mine_S, flat[here_S.clamp(0, flat.numel() - 1)].float(), 0.0), ranks
 
 
 def _by_device(held: list[_Held]) -> list[list[_Held]]:

@@ -16,7 +16,9 @@ from ..schema import Batch, Task
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Sequence[Task]], tuple[Tensor, Tensor]]
 """`losses.multitask_loss`, or one like it: logits, labels and weights [B, K] and the tasks give the total, and the loss
-of each task [K] without its loss weight. It lies above and is handed in."""
+of each task [K], a weighted mean over rows, without its loss weight. It lies above and is handed in."""
+ROWS = 8192
+"""Rows read at a time: a batch of many ranks is more than one of them has memory for."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def read_rows(
     loss: LossFunction,
     state: Mapping[str, Tensor] | None = None,
 ) -> RowReadings:
-    """Return loss and gradient norm of each row and task, as the training step would meet them.
+    """Return loss and gradient norm of each row and task, as the training step would meet them; 8,192 rows at a time.
 
     A linear layer y = W x + b turns row b's gradient delta_b at its output into delta_b x_b^T at W, and so
 
@@ -67,7 +69,32 @@ def read_rows(
 
     Source: Goodfellow, Efficient per-example gradient computations, arXiv 1510.01799.
     """
-    state = state or {}
+    pieces = [batch]
+    if len(batch) > ROWS:
+        pieces = [batch.take(index) for index in torch.arange(len(batch), device=batch.time.device).split(ROWS)]
+    return _join([_read(model, piece, tasks, loss, state or {}) for piece in pieces], pieces)
+
+
+def _join(found: Sequence[RowReadings], pieces: Sequence[Batch]) -> RowReadings:
+    """Return the readings of a batch from those of its pieces, each of which has its share of a task's weights."""
+    if len(found) == 1:
+        return found[0]
+    sums_CK = torch.stack([piece.weights.double().sum(0) for piece in pieces])
+    total_K = sums_CK.sum(0)
+    each = list(zip(found, sums_CK / torch.where(total_K == 0, 1.0, total_K), strict=True))
+    row_gradients_BK = torch.cat([readings.row_gradients_BK * share_K for readings, share_K in each])
+    return RowReadings(
+        torch.stack([readings.losses_K * share_K for readings, share_K in each]).sum(0),
+        row_gradients_BK.square().sum(0).sqrt(),
+        torch.cat([readings.row_losses_BK * share_K for readings, share_K in each]),
+        row_gradients_BK,
+    )
+
+
+def _read(
+    model: nn.Module, batch: Batch, tasks: Sequence[Task], loss: LossFunction, state: Mapping[str, Tensor]
+) -> RowReadings:
+    """Return the readings of rows that are one batch."""
     values = {
         name: state.get(name, p).detach().to(p).requires_grad_(p.requires_grad) for name, p in model.named_parameters()
     }

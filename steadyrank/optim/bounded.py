@@ -319,9 +319,7 @@ class BoundedOptimizer(GuardedOptimizer):
             if BINDING in each.state:
                 self._note_binding(each, ratio)
                 self._name_binding(each)
-        told = [pair for pair in zip(touched, ratios, strict=True) if BINDING in pair[0].state]
-        if told and told[0][0].shards is not None:
-            self._share_bindings(*map(list, zip(*told, strict=True)), told[0][0].shards)
+        self._share_bindings([pair for pair in zip(touched, ratios, strict=True) if BINDING in pair[0].state])
         return factors
 
     def _worst(self, ratio: Tensor, group: dict[str, Any]) -> Tensor:
@@ -374,8 +372,12 @@ class BoundedOptimizer(GuardedOptimizer):
         row = each.rows.index_select(0, (place // width).reshape(1)).reshape(())
         binding.copy_(torch.where(binding < 0, binding, row * width + place % width))
 
-    def _share_bindings(self, touched: list[Touched], ratios: list[Tensor], ranks: Ranks) -> None:
+    def _share_bindings(self, told: list[tuple[Touched, Tensor]]) -> None:
         """Of tensors cut over ranks: take the coordinate of the rank that has the worst, and the share over all."""
+        ranks = told[0][0].shards if told else None
+        if ranks is None or ranks.is_alone:
+            return
+        touched, ratios = [each for each, _ in told], [ratio for _, ratio in told]
         shares_P = torch.stack([each.state[BIND_FRAC] for each in touched])
         counts_P = torch.stack([torch.full_like(share, r.numel()) for share, r in zip(shares_P, ratios, strict=True)])
         found_NPX = ranks.gather(torch.stack([kernels.largest(ratios), counts_P, shares_P * counts_P], 1))

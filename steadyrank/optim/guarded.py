@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
@@ -96,8 +97,9 @@ class GuardedOptimizer(Optimizer):
     exactly as they were, `state["bad_steps"]` grows by one, and the other tensors step as usual. Nothing crosses to
     the host in a step.
 
-    A subclass gives `_fresh_state`, and `_update` for one tensor or `_update_all` for all of a group; sparse gradients
-    reach both as their touched rows, and DTensors as this rank's shards where `_takes_shards` says so. A `state_dict` of the torch optimizer that a subclass stands for loads too.
+    A subclass gives `_fresh_state`, and `_update` for one tensor or `_update_all` for all of a group. Sparse gradients
+    reach both as their touched rows; DTensors as this rank's shards, where `_takes_shards` says so. A `state_dict` of
+    the torch optimizer that a subclass stands for loads too.
     """
 
     row_states: ClassVar[tuple[str, ...]] = (SUM,)
@@ -297,7 +299,7 @@ class GuardedOptimizer(Optimizer):
     def _put_back(self, touched: Touched) -> None:
         if touched.rows is None:
             if touched.weight is not touched.param:
-                torch.autograd.graph.increment_version([touched.param])  # as after an operation on the DTensor itself
+                torch.autograd.graph.increment_version([touched.param])  # so that autograd notices
             return
         put_back(touched.param, touched.rows, touched.weight)
         state = self.state[touched.param]
@@ -335,10 +337,8 @@ def step_together(steps: Sequence[Asking[None]], shards: Ranks | None) -> None:
     while True:
         asked = []
         for step, answer in zip(steps, answers, strict=True):
-            try:
+            with suppress(StopIteration):
                 asked.append(step.send(answer))
-            except StopIteration:
-                pass
         if not asked:
             return
         answers = [(*ask.norms, *ask.sums) for ask in asked]

@@ -13,7 +13,7 @@ zeros (`keep_where`) before anything is computed from it. The other kernels then
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -132,6 +132,25 @@ def over_shards(
     return found
 
 
+def each_over_shards(
+    found: Sequence[Float[Tensor, "*shape"]], shards: Sequence[Ranks | None], reduce: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Reduce as `over_shards` does, of tensors on any device and of any dtype; one collective for each kind.
+
+    >>> each_over_shards([torch.tensor(3.0), torch.tensor(1.0).double()], [None, None], joint_norm)
+    [tensor(3.), tensor(1., dtype=torch.float64)]
+    """
+    reduced = list(found)
+    kinds = [None if ranks is None else (ranks, x.device, x.dtype) for x, ranks in zip(found, shards, strict=True)]
+    for kind in dict.fromkeys(kinds):  # in the order of the tensors, which is that of all ranks
+        if kind is not None:
+            mine = [i for i, each in enumerate(kinds) if each == kind]
+            those = over_shards(torch.stack([found[i] for i in mine]), [kind[0]] * len(mine), reduce)
+            for i, x in zip(mine, those.unbind(), strict=True):
+                reduced[i] = x
+    return reduced
+
+
 def local(x: Tensor) -> Tensor:
     """Return the part of a DTensor that lies here, out of autograd's sight; of a plain tensor, itself."""
     if not hasattr(x, "to_local"):
@@ -189,6 +208,15 @@ def parts_of(tensors: Sequence[Tensor]) -> Parts | None:
     if kind is Shard:
         return Parts(here, _ranks_of(mesh.get_group()) if mesh.size() > 1 else None, placement.dim)
     return Parts(here, None, 0) if kind is Replicate else None
+
+
+def as_part(x: Tensor, like: Tensor) -> Tensor:
+    """Return the DTensor of which this rank has a part, that lies as another one does."""
+    from torch.distributed.tensor import DTensor  # loaded already
+
+    assert isinstance(like, DTensor)
+    mesh, places = like.device_mesh, like.placements
+    return DTensor.from_local(x, mesh, places, run_check=False, shape=like.shape, stride=like.stride())
 
 
 @lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ The rules that remember what was normal are in `spikes`.
 Symbols: g gradient, w weight, ||.|| the L2 norm.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -66,6 +67,10 @@ class Rule:
     """Whether all gradients are judged together, so that one that cannot be taken in refuses the whole step."""
     counts_rows: ClassVar[bool] = False
     """Whether the rule needs `Gradient.counts`."""
+    parts_from: ClassVar[float] = math.inf
+    """From how many dimensions on a rule may be shown the rows of a DTensor that lie on this rank, in place of all of
+    it: where it looks at coordinates, at rows and at `Gradient.norm` only. What is the same in all is then taken care
+    of: the least factor."""
 
     def fresh(self, param: Tensor, by_row: bool) -> dict[str, Tensor]:
         """Return what the rule remembers of a parameter before its first step."""
@@ -182,6 +187,7 @@ class ClipValue(Rule):
     [tensor([ 1.0000, -0.5000])]
     """
 
+    parts_from: ClassVar[float] = 0
     limit: float
 
     def __post_init__(self) -> None:
@@ -219,6 +225,7 @@ class ClipGlobalNorm(Rule):
     [tensor([0.6000, 0.8000])]
     """
 
+    parts_from: ClassVar[float] = 0
     joint: ClassVar[bool] = True
     max_norm: float
 
@@ -250,6 +257,7 @@ class ClipTensorNorm(Rule):
     [tensor([0.6000, 0.8000])]
     """
 
+    parts_from: ClassVar[float] = 0
     max_norm: float
 
     def __post_init__(self) -> None:
@@ -288,6 +296,7 @@ class AGC(Rule):
             [0.0000, 0.0010]])]
     """
 
+    parts_from: ClassVar[float] = 2  # a vector is one unit
     clipping: float = 0.01
     floor: float = 1e-3
 
@@ -331,6 +340,7 @@ class CowClip(Rule):
     [tensor([[0.6000, 0.8000]])]
     """
 
+    parts_from: ClassVar[float] = 0
     counts_rows: ClassVar[bool] = True
     ratio: float = 1.0
     floor: float = 1e-5

@@ -68,6 +68,7 @@ class AdaGC(Rule):
     ([tensor([0.9000, 1.2000])], tensor(1.0100))
     """
 
+    parts_from: ClassVar[float] = 0
     states: ClassVar[tuple[str, ...]] = (NORM_LEVEL, NORM_COUNT)
     relative: float = 1.05
     decay: float = 0.98
@@ -140,6 +141,7 @@ class ZClip(Rule):
     [tensor([1.2000, 1.6000])]
     """
 
+    parts_from: ClassVar[float] = 0
     joint: ClassVar[bool] = True
     threshold: float = 2.5
     decay: float = 0.97
@@ -210,6 +212,7 @@ class SpikeClip(Rule):
     [tensor([-10.,   3.])]
     """
 
+    parts_from: ClassVar[float] = 0
     states: ClassVar[tuple[str, ...]] = (SQUARE_MEAN, SQUARE_COUNT)
     row_states: ClassVar[tuple[str, ...]] = (SQUARE_MEAN, SQUARE_COUNT)
     threshold: float = 5000.0
@@ -275,6 +278,7 @@ class SkipSpikes(Rule):
     (tensor(False), tensor([5., 2.]), tensor(1))
     """
 
+    parts_from: ClassVar[float] = 0
     joint: ClassVar[bool] = True
     sigmas: float = 6.0
     window: int = 128

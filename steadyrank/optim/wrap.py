@@ -117,6 +117,9 @@ class ClipUpdates(WrappedOptimizer):
         """Return the keys of this wrapper's states; our own optimizers do the counting themselves."""
         return (CLIP_FACTOR,) if isinstance(self.innermost, GuardedOptimizer) else (CLIP_FACTOR, BAD_STEPS)
 
+    def _takes_shards(self, param: Tensor, dim: int, group: dict[str, Any]) -> bool:
+        return bool(dim == 0 or group["granularity"] == "tensor")  # a row has to lie on one rank
+
     def _guards(self, group: dict[str, Any]) -> bool:
         return bool(group["guard"]) and not isinstance(self.innermost, GuardedOptimizer)
 
@@ -135,7 +138,7 @@ class ClipUpdates(WrappedOptimizer):
             self._step_inner(held)
         bunches: dict[Any, list[tuple[Held, Tensor | None]]] = {}
         for each, ok in zip(held, usable, strict=True):
-            kind = (id(each.group), each.param.device, each.param.dtype, hasattr(each.param, "to_local"))
+            kind = (id(each.group), each.param.device, each.param.dtype, hasattr(each.here, "to_local"))
             bunches.setdefault(kind, []).append((each, ok))
         for bunch in bunches.values():
             self._bound(bunch)
@@ -149,24 +152,30 @@ class ClipUpdates(WrappedOptimizer):
             found = [[one] for one in _measure([each[0] for each in pieces], group)]
         else:
             found = [[_measure([piece], group)[0] for piece in each] for each in pieces]
-        for (each, usable), pair, parts, measured in zip(bunch, pairs, pieces, found, strict=True):
-            worsts = [worst for _, worst in measured]
-            size = kernels.largest([torch.stack([size for size, _ in measured])])[0]
-            here = torch.stack([size, kernels.largest(worsts).amax()])
-            size, most = kernels.over_shards(here[None], kernels.shards_of([each.param]))[0].unbind()
+        here_PX = torch.stack([_worst_of(measured) for measured in found])
+        worst_PX = kernels.over_shards(here_PX, [each.shards for each, _ in bunch])
+        for (each, usable), pair, parts, measured, worst_X in zip(bunch, pairs, pieces, found, worst_PX, strict=True):
+            size, most = worst_X.unbind()
             finite = torch.isfinite(size)
             ok = finite if usable is None else usable & finite
-            for (old, new), worst in zip(parts, worsts, strict=True):
+            for (old, new), (_, worst) in zip(parts, measured, strict=True):
                 factor = kernels.factor_of(worst if worst.dim() else most)
                 # Where the factor is 1, lerp gives the second exactly (but for the sign of a zero).
                 new.copy_(torch.where(ok, torch.lerp(old, new.to(old.dtype), factor), old))
             if each.rows is not None:  # what was written into is a copy of the rows
                 each.param.index_copy_(0, each.rows, pair[1])
+            each.note_written()
             each.keep_states_where(ok)
             state = self.state[each.param]
             state[CLIP_FACTOR].copy_(kernels.keep_where(ok, kernels.factor_of(most)))
             if BAD_STEPS in state:
                 state[BAD_STEPS].add_(~ok)
+
+
+def _worst_of(measured: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "two"]:
+    """Return the largest coordinate and the worst ratio of a tensor from those of its pieces."""
+    sizes, worsts = zip(*measured, strict=True)
+    return torch.stack([kernels.largest([torch.stack(sizes)])[0], kernels.largest(list(worsts)).amax()])
 
 
 def _least(found: Tensor) -> Tensor:
@@ -193,7 +202,8 @@ def _shown(held: list[Held], usable: list[Tensor | None]) -> Iterator[None]:
     own = [each.param.grad for each in held]
     try:
         for each, ok in zip(held, usable, strict=True):
-            each.param.grad = each.as_grad(each.grad if ok is None else kernels.keep_where(ok, each.grad))
+            if ok is not None or each.rows is not None:
+                each.param.grad = each.as_grad(each.grad if ok is None else kernels.keep_where(ok, each.grad))
         yield
     finally:
         for each, grad in zip(held, own, strict=True):
@@ -249,6 +259,9 @@ class ClipGradients(WrappedOptimizer):
         if any(isinstance(inner, ClipGradients) for inner in self._inner_ones()):
             raise ConfigError("ClipGradients: the inner optimizer has a rule already; use one rule")
 
+    def _takes_shards(self, param: Tensor, dim: int, group: dict[str, Any]) -> bool:
+        return dim == 0 and param.dim() >= self.rule.parts_from
+
     def _take_rows(self, held: Held, grad: Tensor) -> None:
         super()._take_rows(held, grad)
         if self.rule.counts_rows:
@@ -291,20 +304,20 @@ class ClipGradients(WrappedOptimizer):
         for key, value in clipped.shared.items():
             self.shared[key] = torch.where(judged[0], value, self.shared[key]).to(self.shared[key].dtype)
         taken = []
+        factors = kernels.each_over_shards(clipped.factors, [each.shards for each in held], _least)
         for i, each in enumerate(held):
             if clipped.states is not None:
                 self._write_state(each, clipped.states[i], judged[i])
             goes = judged[i] if clipped.goes is None else judged[i] & clipped.goes.to(judged[i].device)
             self._write_grad(each, kernels.keep_where(goes, clipped.values[i]))
-            factor = kernels.over_shards(clipped.factors[i][None], kernels.shards_of([each.param]), _least)[0]
-            self.state[each.param][GRAD_FACTOR].copy_(kernels.keep_where(goes, factor))
+            self.state[each.param][GRAD_FACTOR].copy_(kernels.keep_where(goes, factors[i]))
             self.state[each.param][GRAD_BAD_STEPS].add_(~usable[i])
             taken.append(goes)
         return taken
 
     def _as_seen(self, held: Held, norm: Float[Tensor, ""], usable: Tensor) -> Gradient:
         values = kernels.keep_where(usable, held.grad.to(wide_dtype(held.grad.dtype)))
-        state = {key: self.state[held.param][key] for key in self.rule.states}
+        state = {key: self._part_of(held, key) for key in self.rule.states}
         if held.rows is not None:
             for key in self.rule.row_states:
                 if state[key].dim():
@@ -312,9 +325,13 @@ class ClipGradients(WrappedOptimizer):
         norm = kernels.keep_where(usable, norm)
         return Gradient(values, held.weight, norm, state, held.rows is not None, held.counts)
 
+    def _part_of(self, held: Held, key: str) -> Tensor:
+        state = self.state[held.param][key]
+        return state if held.here is held.param else kernels.local(state)
+
     def _write_state(self, held: Held, new: dict[str, Tensor], ok: Tensor) -> None:
         for key, value in new.items():
-            old = self.state[held.param][key]
+            old = self._part_of(held, key)
             if held.rows is None or key not in self.rule.row_states or not old.dim():
                 old.copy_(torch.where(ok, value, old))
             else:
@@ -322,7 +339,7 @@ class ClipGradients(WrappedOptimizer):
 
     def _write_grad(self, held: Held, values: Tensor) -> None:
         if held.rows is None and 0 in held.grad.stride():
-            held.param.grad = values.to(held.grad.dtype)  # an expanded gradient cannot be written to
+            held.param.grad = held.as_grad(values.to(held.grad.dtype))  # an expanded gradient cannot be written to
         elif held.rows is None:
             held.grad.copy_(values)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from ..ranks import Ranks
 from . import kernels
 from .guarded import CHUNK, STEP, GuardedOptimizer, innermost, parameter_label, wide_dtype
 
@@ -25,6 +26,7 @@ class Kept:
     key: str
     tensor: Tensor
     before: Tensor
+    """Of a DTensor, what lies here."""
     by_row: bool
 
 
@@ -35,6 +37,10 @@ class Held:
     param: Tensor
     group: dict[str, Any]
     label: str
+    here: Tensor
+    """The parameter; of a DTensor in shards, this rank's part, and so are `grad` and `weight`."""
+    shards: Ranks | None
+    """Who holds the other parts of the parameter; None where this is all of it."""
     grad: Tensor
     """The gradient; of a sparse one the values of the touched rows, duplicates summed."""
     weight: Tensor
@@ -47,12 +53,12 @@ class Held:
 
     def weight_now(self) -> Tensor:
         """Return the weights as they are now, or those of the touched rows."""
-        return self.param if self.rows is None else self.param.index_select(0, self.rows)
+        return self.here if self.rows is None else self.param.index_select(0, self.rows)
 
     def as_grad(self, values: Tensor) -> Tensor:
         """Return a gradient of this parameter's layout with these values."""
         if self.rows is None:
-            return values
+            return values if self.here is self.param else kernels.as_part(values, self.param)
         size = (len(self.param), *values.shape[1:])
         # Nothing to check: rows and values come from a gradient that torch made.
         return torch.sparse_coo_tensor(self.rows[None], values, size, is_coalesced=True, check_invariants=False)
@@ -60,10 +66,16 @@ class Held:
     def keep_where(self, ok: Bool[Tensor, ""]) -> None:
         """Undo the inner's step, in weights and kept states, unless `ok`."""
         if self.rows is None:
-            _put_back(self.param, self.weight, ok)
+            _put_back(self.here, self.weight, ok)
+            self.note_written()
         else:
             self.param.index_copy_(0, self.rows, torch.where(ok, self.weight_now(), self.weight))
         self.keep_states_where(ok)
+
+    def note_written(self) -> None:
+        """Let autograd know that the weights were changed: of a DTensor it does not see that."""
+        if hasattr(self.param, "to_local"):
+            torch.autograd.graph.increment_version([self.param])
 
     def keep_states_where(self, ok: Bool[Tensor, ""]) -> None:
         """Put the kept states back unless `ok`."""
@@ -77,7 +89,8 @@ class Held:
             elif now is kept.tensor:
                 _put_back(now, kept.before, ok)
             else:  # a new tensor, which may be shared with a gradient or a weight: not written into
-                kept.state[kept.key] = torch.where(ok, now, kept.before)
+                kept.state[kept.key] = now.clone()
+                _put_back(kept.state[kept.key], kept.before, ok)
 
 
 class WrappedOptimizer(Optimizer):
@@ -128,6 +141,10 @@ class WrappedOptimizer(Optimizer):
     def _step(self, held: list[Held]) -> None:
         """Make the inner's step, and whatever belongs before and after it."""
         raise NotImplementedError
+
+    def _takes_shards(self, param: Tensor, dim: int, group: dict[str, Any]) -> bool:
+        """Say whether each rank can see to its own part of what is cut along a dimension; if not, DTensor does it."""
+        return False
 
     def _check_inner(self) -> None:
         if isinstance(self.innermost, torch.optim.LBFGS):
@@ -205,7 +222,13 @@ class WrappedOptimizer(Optimizer):
     def _hold(self, param: Tensor, index: int, group: dict[str, Any]) -> Held:
         grad = param.grad
         assert grad is not None
-        held = Held(param, group, parameter_label(group, index), grad, param)
+        parts = kernels.parts_of([param, grad])
+        label, [shards] = parameter_label(group, index), kernels.shards_of([param])
+        if parts is None or (parts.ranks is not None and not self._takes_shards(param, parts.dim, group)):
+            held = Held(param, group, label, param, shards, grad, param)
+        else:
+            weight, part = parts.tensors
+            held = Held(param, group, label, weight, parts.ranks, part, weight)
         if grad.layout != torch.strided:
             self._take_rows(held, grad)
         state = self.state[param]
@@ -248,7 +271,7 @@ class WrappedOptimizer(Optimizer):
                 if held.rows is not None and value.dim() > 0 and len(value) == len(held.param):
                     held.states.append(Kept(state, key, value, value.index_select(0, held.rows), True))
                 else:
-                    held.states.append(Kept(state, key, value, value.clone(), False))
+                    held.states.append(Kept(state, key, value, kernels.local(value).clone(), False))
 
     def _step_inner(self, held: list[Held]) -> None:
         try:
@@ -343,7 +366,7 @@ def split_alike(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _put_back(now: Tensor, before: Tensor, ok: Bool[Tensor, ""]) -> None:
     """Write what was there before, unless `ok`."""
-    for piece, held in split_alike(now, before):
+    for piece, held in split_alike(kernels.local(now), kernels.local(before)):
         piece.copy_(torch.where(ok, piece, held))
 
 
@@ -355,12 +378,8 @@ def usable_norms(held: list[Held]) -> tuple[list[Float[Tensor, ""]], list[Bool[T
     Then neither the square of a coordinate, as accumulators hold it, nor a sum of squares over a million tensors
     overflows.
     """
-    norms, usable = [], []
-    for each in held:
-        dtype = wide_dtype(each.grad.dtype)
-        norm = kernels.whole(torch.linalg.vector_norm(each.grad, dtype=dtype))
-        shards = kernels.shards_of([each.param])
-        norm = kernels.over_shards(norm[None], shards, lambda found: torch.linalg.vector_norm(found, dim=0))[0]
-        norms.append(norm)
-        usable.append(norm <= math.sqrt(torch.finfo(dtype).max) * 2.0**-10)
-    return norms, usable
+    dtypes = [wide_dtype(each.grad.dtype) for each in held]
+    found = [kernels.whole(torch.linalg.vector_norm(each.grad, dtype=d)) for each, d in zip(held, dtypes, strict=True)]
+    norms = kernels.each_over_shards(found, [each.shards for each in held], kernels.joint_norm)
+    limits = [math.sqrt(torch.finfo(dtype).max) * 2.0**-10 for dtype in dtypes]
+    return norms, [norm <= limit for norm, limit in zip(norms, limits, strict=True)]
