@@ -426,12 +426,14 @@ def _deal_task_states(states: Sequence[Mapping[str, Any]], size: int) -> list[di
     bins = {name: sum(_unpack_bins(state["bins"][name]) for state in states) for name in states[0]["bins"]}
     rows = {name: torch.cat([state["rows"][name] for state in states]) for name in _SAVED}
     owner_N = rank_of(rows["groups"], size)
+    kept = states[0].get("kept", len(owner_N))  # of all ranks; states of before know of one process only
     found = []
     for rank in range(size):
         first = 1.0 if rank == 0 else 0.0
         found.append(
             {
                 **states[0],
+                "kept": kept,
                 "sums": torch.from_numpy(sums_SK * first),
                 "gauc": gauc_2K * first,
                 # Bins say on every rank that the rows were folded.
