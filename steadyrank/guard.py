@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .monitors.dynamics import with_inner
+from .monitors.tables import whole_rows
 from .native.rows import coalesce
 from .optim import kernels
 from .optim.guarded import STEP, GuardedOptimizer, innermost
 from .optim.wrap import ClipGradients
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 
 NAMED_ROWS = 3
 """Rows of a table that are named where some are left out."""
+_NO_ROW = 1 << 53
+"""More than the number of any row, and exact in float64."""
 LARGE_BUFFER = 1 << 20
 """Numbers from which on a buffer is taken for a constant of the model, and is not copied at each step."""
 
@@ -41,7 +44,7 @@ class Verdict(NamedTuple):
     """The largest coordinate of each gradient, in the same order; infinite where it is not finite."""
     quarantined: Int64[Tensor, "sparse named"] | None = None
     """With quarantine, of each sparse gradient: its place in that order, how many rows were left out, and the numbers
-    of the first `NAMED_ROWS` of them, -1 where there are fewer."""
+    of the first `NAMED_ROWS` of them, -1 where there are fewer. Of a table that lies on several ranks those of all."""
     bad_statistics: Bool[Tensor, ""] | None = None
     """Whether the forward pass made a running statistic of the model infinite or NaN that was finite before."""
 
@@ -125,7 +128,7 @@ def judge(
         found = _judge_there(losses_K, values, limits, statistics)
     if quarantined is None:
         return found
-    return found._replace(quarantined=_count_rows(held, quarantined, found.ok))
+    return found._replace(quarantined=_tell_rows(_count_rows(held, quarantined), found.ok))
 
 
 class Totals(NamedTuple):
@@ -166,14 +169,19 @@ def judge_together(
     sums = [totals.total[None], totals.losses, here.bad_parameters, here.bad_statistics[None]]
     tops = [totals.logits, here.largest]
     sizes = [len(x) for x in sums + tops]
-    every = ranks.gather(torch.cat([x.to(totals.losses) for x in sums + tops])).split(sizes, 1)
+    numbers = torch.cat([x.to(totals.losses) for x in sums + tops])
+    if quarantined is not None:  # float64 holds the numbers of rows
+        numbers = torch.cat([numbers.double(), _count_rows(held, quarantined, ranks).flatten().double()])
+    numbers, lines = ranks.gather(numbers).split([sum(sizes), len(numbers) - sum(sizes)], 1)
+    every = numbers.to(totals.losses).split(sizes, 1)
     total, losses_K, bad_P, broken = (x.sum(0) for x in every[: len(sums)])  # on all ranks the same bits
     logits_K, largest_P = (x.amax(0) for x in every[len(sums) :])
     bad_tasks_K, bad_parameters_P, bad_statistics = ~torch.isfinite(losses_K), bad_P > 0, broken[0] > 0
     ok = ~(bad_tasks_K.any() | bad_parameters_P.any() | bad_statistics)
     verdict = Verdict(ok, bad_tasks_K, bad_parameters_P, largest_P, bad_statistics=bad_statistics)
     if quarantined is not None:
-        verdict = verdict._replace(quarantined=_count_rows(held, quarantined, ok))
+        lines = lines.long().view(ranks.size, len(quarantined), 2 + NAMED_ROWS)
+        verdict = verdict._replace(quarantined=_tell_rows(_join_rows(lines), ok))
     return verdict, Totals(total[0], losses_K, logits_K)
 
 
@@ -243,17 +251,31 @@ def _values(parameter: Tensor) -> Tensor:
 
 
 def _count_rows(
-    held: Sequence[Tensor], found: Mapping[Tensor, Rows], ok: Bool[Tensor, ""]
+    held: Sequence[Tensor], found: Mapping[Tensor, Rows], ranks: Ranks = ALONE
 ) -> Int64[Tensor, "sparse named"]:
-    lines = torch.full((len(found), 2 + NAMED_ROWS), -1, device=ok.device)
+    """Return what `Verdict.quarantined` says, as this rank sees it, with `_NO_ROW` for no row."""
+    lines = torch.full((len(found), 2 + NAMED_ROWS), _NO_ROW, device=held[0].device if held else None)
+    lines[:, 1] = 0
     for line, index in zip(lines, (i for i, p in enumerate(held) if p in found), strict=True):
         rows_R, good_R = found[held[index]]
-        # Rows stand in rising order, so that the smallest bad ones are the first.
-        bad_R = torch.where(good_R, len(held[index]), rows_R)
-        first = bad_R.topk(min(NAMED_ROWS, len(bad_R)), largest=False).values
-        line[0], line[1] = index, torch.where(ok, (~good_R).sum(), 0)
-        line[2 : 2 + len(first)] = torch.where(first < len(held[index]), first, -1)
+        line[0] = index
+        if ranks.is_first or hasattr(held[index], "sharded_over"):  # else the first rank's are the same rows
+            bad_R = torch.where(good_R, _NO_ROW, whole_rows(held[index], rows_R))
+            first = bad_R.topk(min(NAMED_ROWS, len(bad_R)), largest=False).values
+            line[1], line[2 : 2 + len(first)] = (~good_R).sum(), first
     return lines
+
+
+def _join_rows(lines: Int64[Tensor, "ranks sparse named"]) -> Int64[Tensor, "sparse named"]:
+    """Return what the ranks have counted as one process counts it."""
+    firsts = lines[:, :, 2:].transpose(0, 1).flatten(1).sort(1).values[:, :NAMED_ROWS]
+    return torch.cat([lines[0, :, :1], lines[:, :, 1:2].sum(0), firsts], 1)
+
+
+def _tell_rows(lines: Int64[Tensor, "sparse named"], ok: Bool[Tensor, ""]) -> Int64[Tensor, "sparse named"]:
+    """Return what was counted in a step that is made; where it is not, nothing was left out."""
+    lines[:, 1] = torch.where(ok, lines[:, 1], 0)
+    return lines.masked_fill_(lines == _NO_ROW, -1)
 
 
 def _fill(parameters: Iterable[Tensor], ok: Bool[Tensor, ""], value: float) -> None:

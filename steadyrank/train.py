@@ -18,7 +18,7 @@ from .guard import guard as guard
 from .losses import multitask_loss
 from .monitors.dynamics import ClipFactors
 from .monitors.watch import Watch
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .ranks.pace import Pace
 from .schema import Batch, Task
 
@@ -91,7 +91,7 @@ def train_step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     if watch is not None:
-        watch.losses(parts_K, logits=logits_BK)
+        watch.losses(parts_K, logits=logits_BK, ranks=ALONE if engine is None else engine.ranks)
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     ask = may_ask(parts_K.device)
     if engine is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from steadyrank import session
 from steadyrank.config import RunConfig
@@ -44,6 +45,8 @@ def do(job: dict[str, Any], ranks: Ranks) -> str:
         if sets and ranks.rank == ranks.size - 1:
             config = RunConfig.from_toml(job["toml"], sets)
         parts = config.build(resume=resume, ranks=ranks)
+        if job.get("spoils"):
+            spoil_rows(parts.model)
         folder = open_folder(path, ranks) if resume else create_folder(config, path, ranks)
         with folder:
             on_event = partial(feed, job) if ranks.is_first else None
@@ -52,6 +55,24 @@ def do(job: dict[str, Any], ranks: Ranks) -> str:
         return status
     except SteadyRankError as error:
         return f"{type(error).__name__}: {error}"
+
+
+def spoil_rows(model: nn.Module) -> None:
+    """Let the gradients of some rows of each table be NaN: the same ones wherever they lie."""
+
+    def spoil(p: Tensor) -> None:
+        assert p.grad is not None
+        grad = p.grad.coalesce()
+        ends, shifts = getattr(p, "sharded_rows", ([len(p)], [0]))
+        whole = torch.arange(len(p))
+        for start, end, shift in zip([0, *ends[:-1]], ends, shifts, strict=True):
+            whole[start:end] += shift
+        grad.values()[whole[grad.indices()[0]] % 101 == 7, 0] = torch.nan
+        p.grad = grad
+
+    for name, p in model.named_parameters():
+        if name.startswith("tables."):
+            p.register_post_accumulate_grad_hook(spoil)
 
 
 def main(rank: int, size: int, port: str, path: str) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from steadyrank.models.ranker import ModelConfig, Ranker
 from steadyrank.monitors.activations import DeadUnits, Gates, mean_entropy, read_logits
 from steadyrank.monitors.readings import fetch
+from steadyrank.ranks import Ranks
 from steadyrank.testing import forbid_host_sync
 
 from .batches import make_batch, make_schema
+from .threads import run_in_threads
 
 SCHEMA = make_schema("id", "number")
 TRUNKS: dict[str, dict[str, Any]] = {
@@ -191,6 +193,22 @@ def test_batches_without_rows_are_not_watched_and_an_infinite_unit_speaks() -> N
     units.active = True
     assert dead_of(units, model, torch.zeros(0, 2).tolist() or [[]]) == -1.0
     assert dead_of(units, model, [[math.inf, 0.0]]) == 0.5
+
+
+def test_on_several_ranks_a_unit_is_dead_that_is_silent_on_the_rows_of_all() -> None:
+    looks = [torch.tensor([[0.0, 0.0, 1.0, 0.0], [2.0, 0.0, 0.0, 0.0]]), torch.zeros(2, 4), torch.ones(2, 4)]
+
+    def look(ranks: Ranks) -> list[dict[str, float]]:
+        model = Said()
+        units, found = DeadUnits(model, batches=2), []
+        units.active = True
+        for rows in looks:
+            model(rows[ranks.rank : ranks.rank + 1])  # the last rank has none
+            found.append(fetch(units.read(ranks)))
+        return found
+
+    expected = [{"dead_frac/act": share, "dead_frac/all": share} for share in (0.5, 0.5, 0.0)]
+    assert run_in_threads(3, look) == [expected] * 3
 
 
 def test_another_layout_begins_anew() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steadyrank.errors import CheckpointError, ConfigError
 from steadyrank.baselines import GLOBAL, RunningMean, best
+from steadyrank.errors import CheckpointError, ConfigError
 from steadyrank.evaluate import SCORE_ROWS, evaluate, score
 from steadyrank.metrics import DAY_US, TaskMetrics
 from steadyrank.schema import Batch, Schema

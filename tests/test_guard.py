@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steadyrank.guard import (
-    forget_step,
-    gradient_limit,
-    judge,
-)
+from steadyrank.guard import Totals, forget_step, gradient_limit, judge, judge_together, quarantine
 from steadyrank.optim import ClipGradients, ClippyAdagrad, ClippyAdam, ClipUpdates, RowWiseAdagrad, SkipSpikes, ZClip
 from steadyrank.optim.configs import OPTIMIZERS
+from steadyrank.ranks import Ranks
 from steadyrank.schema import Batch, Task
 from steadyrank.train import Readings, train_step
+
+from .threads import run_in_threads
 
 training = import_module("steadyrank.train")
 guarding = import_module("steadyrank.guard")  # `steadyrank.guard` itself is the function
@@ -248,6 +247,36 @@ def test_rows_are_named_and_counted_and_only_in_steps_that_were_made(
     readings.add(6, train_step(model, optimizers, draw(6), TASKS, quarantine_rows=True))
     assert readings.fetch()["quarantined_rows/total"] == 5 + len(every)
     assert readings.quarantined == []
+
+
+@pytest.mark.parametrize("loss", [1.0, torch.nan])
+def test_what_ranks_leave_out_is_counted_and_named_by_its_place_in_the_whole_table(loss: float) -> None:
+    def hold(bad: list[int]) -> nn.Parameter:
+        table = nn.Parameter(torch.ones(4, 2))
+        values = torch.ones(3, 2)
+        values[[[0, 1, 3].index(row) for row in bad], 1] = torch.nan
+        table.grad = torch.sparse_coo_tensor([[0, 1, 3]], values, (4, 2), is_coalesced=True, check_invariants=True)
+        return table
+
+    def judge_one(ranks: Ranks) -> list[list[int]]:
+        shared, none, part = hold([1]), hold([]), hold([[1], [0, 3]][ranks.rank])
+        part.sharded_over = ranks  # type: ignore[attr-defined]
+        first = [5_000_000_000, 3][ranks.rank]
+        part.sharded_rows = torch.tensor([[4], [first]])  # type: ignore[attr-defined]
+        tables = [shared, none, part]
+        totals = Totals(torch.tensor(0.5), torch.tensor([0.5, loss]), torch.ones(2))
+        verdict, whole = judge_together(ranks, tables, totals, quarantine(tables))
+        assert whole.total == 1.0
+        assert whole.losses.dtype == torch.float32
+        assert bool(verdict.ok) == (loss == 1.0)
+        assert verdict.quarantined is not None
+        found: list[list[int]] = verdict.quarantined.tolist()
+        return found
+
+    counts = [1, 0, 3] if loss == 1.0 else [0, 0, 0]  # in a step that is not made
+    rows = [[1, -1, -1], [-1, -1, -1], [3, 6, 5_000_000_001]]  # the last one is no float32
+    expected = [[place, count, *named] for place, (count, named) in enumerate(zip(counts, rows, strict=True))]
+    assert run_in_threads(2, judge_one) == [expected] * 2
 
 
 def test_without_quarantine_a_bad_row_is_a_bad_step() -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from steadyrank import ClippyAdagrad, ClipUpdates, ConfigError, RowWiseAdagrad, RunFolder, Watch, WatchConfig
 from steadyrank.monitors.curvature import copy_before, find_updates, measure_headroom
 from steadyrank.monitors.tables import Field
-from steadyrank.monitors.watch import _find_kinds
+from steadyrank.monitors.verdict import find_kinds
 from steadyrank.report import write_report
 from steadyrank.testing import forbid_host_sync
 
@@ -571,7 +571,7 @@ def test_what_cannot_be_watched_is_refused_and_leaves_no_folder(
 
 
 def test_a_kind_of_task_that_there_is_not_is_refused() -> None:
-    find = inspect.unwrap(_find_kinds)  # without the tests' own check of types
+    find = inspect.unwrap(find_kinds)  # without the tests' own check of types
     with pytest.raises(ConfigError, match="no kind of task 'binery'; did you mean 'binary'"):
         find({"click": "binery"})
 

@@ -30,11 +30,6 @@ def check_together(settings: Mapping[str, Any], config: DistributedConfig, ranks
             f"torch {version_of('torch')} cannot save what lies on several ranks; install a newer one, or set "
             "distributed.dense = 'ddp' and distributed.tables = 'replicated'"
         )
-    if settings["train"]["quarantine_rows"] and config.shards_tables:
-        raise ConfigError(
-            "train.quarantine_rows: not for tables that TorchRec shards; set it to false, or distributed.tables = "
-            "'replicated'"
-        )
 
 
 def check_alike(settings: Mapping[str, Any], ranks: Ranks) -> None:

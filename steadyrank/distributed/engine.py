@@ -135,11 +135,18 @@ class Engine:
         return found or None
 
     def pack(self, state: Mapping[str, Any], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-        """Mark in a state of model and optimizers what is this rank's part of a table, for a checkpoint."""
+        """Mark in a state what is this rank's part of a table, for a checkpoint; a collective."""
         packed = self._change(state, optimizers, self._mark)
-        if not self.has_whole_model and packed["instruments"]:
-            packed["instruments"]["kept_update"] = []  # of every rank another: it is not measured on after a resume
+        if self.rows and packed["instruments"]:
+            packed["instruments"]["kept_update"] = self._join_update(packed["instruments"]["kept_update"])
         return packed
+
+    def _join_update(self, kept: list[list[Any]]) -> list[list[Any]]:
+        """Return on the first rank what a step touched, of sharded tables the rows of all ranks; a collective."""
+        here = {name: (values.cpu(), rows.cpu()) for name, values, rows in kept if name in self.rows}
+        every = self.ranks.collect(here)
+        joined = {name: map(torch.cat, zip(*(each[name] for each in every), strict=True)) for name in here if every}
+        return [[name, *joined.get(name, (values, rows))] for name, values, rows in kept]
 
     def unpack(self, state: Mapping[str, Any], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
         """Return a state of model and optimizers as this rank holds it, from one with whole tensors, or its own."""
@@ -166,6 +173,10 @@ class Engine:
             }
             changed[name] = {**saved, "state": of}
         watched = _change_named(state.get("instruments", {}), set(names.values()), change)
+        if "kept_update" in watched:  # of tables it has some rows, by their numbers in the whole
+            watched["kept_update"] = [
+                [name, x if rows is not None else change(name, x), rows] for name, x, rows in watched["kept_update"]
+            ]
         return {**state, "model": model, "optimizers": changed, "instruments": watched}
 
     def _mark(self, name: str, x: Tensor) -> Any:

@@ -17,7 +17,6 @@ _OF_ROWS: dict[str, Callable[[Sequence[float]], float]] = {
     "logit_low": min,
     "logit_high": max,
     "saturated_frac": _mean,
-    "dead_frac": min,  # silent on all rows are at most as many units as on those of any rank
     "expert_load_frac": _mean,
     "gate_entropy_frac": _mean,
 }
@@ -30,9 +29,9 @@ _OF_THE_LONGEST = (_LONGEST, "row_norm_max_row", "row_norm_max_age_steps")
 def merge_rows(rows: Sequence[Mapping[str, float]], sharded: bool) -> dict[str, float]:
     """Return one row of readings for those that the ranks made of one step.
 
-    Extremes and the tasks' gradients are exact. Shares are means over ranks, whose rows are alike many; of dead units,
-    which would need the single units, the least share is taken. An effective rank is that of one rank's sample. What is
-    of the whole batch already is the same on all ranks: the first one's stands.
+    Extremes and the tasks' gradients are exact. Shares are means over ranks, whose rows are alike many. An effective
+    rank is that of one rank's sample. What is of the whole batch already, as dead units are, is the same on all ranks:
+    the first one's stands.
 
     Args:
         rows: By rank; what one lacks the others may have.

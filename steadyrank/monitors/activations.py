@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
+from ..ranks import ALONE, Ranks
 from .readings import Reading
 
 IS_GATE = "is_gate"
@@ -45,7 +46,7 @@ class DeadUnits:
         self.active = False
         """Whether forward passes are watched at the moment."""
         self._batches = batches
-        self._tops: dict[str, Float[Tensor, " units"]] = {}
+        self._seen: dict[str, tuple[int, Float[Tensor, " units"]]] = {}  # rows, and the largest output of each unit
         self._layout: list[tuple[str, int]] = []  # names and numbers of units, in the order of `_silent`
         self._silent: Int32[Tensor, " all_units"] | None = None
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, ACTIVATIONS)]
@@ -53,18 +54,24 @@ class DeadUnits:
 
     def _hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self.active and module.training and isinstance(output, Tensor) and output.dim() > 1 and output.numel():
-                self._tops[name] = output.detach().abs().flatten(0, -2).amax(0)
+            if self.active and module.training and isinstance(output, Tensor) and output.dim() > 1 and output.shape[-1]:
+                x_BH = output.detach().abs().flatten(0, -2)
+                self._seen[name] = len(x_BH), x_BH.amax(0) if len(x_BH) else x_BH.new_zeros(x_BH.shape[1])
 
         return look
 
     @torch.no_grad()
-    def read(self) -> list[Reading]:
-        """Return `dead_frac` by module and of all, and end the watched batch."""
-        tops, self._tops = self._tops, {}
+    def read(self, ranks: Ranks = ALONE) -> list[Reading]:
+        """Return `dead_frac` by module and of all, and end the watched batch.
+
+        Args:
+            ranks: Who has rows of that batch, and reads too; some may have none.
+        """
+        seen, self._seen = self._seen, {}
+        tops = {name: top_H for name, (rows, top_H) in seen.items() if rows or not ranks.is_alone}
         if not tops:
             return []
-        top_H = torch.cat([top.float() for top in tops.values()])
+        top_H = ranks.gather(torch.cat([top.float() for top in tops.values()])).amax(0)
         layout = [(name, len(top)) for name, top in tops.items()]
         if self._silent is None or self._layout != layout:
             # As if silent before: what gave zero in all batches so far is dead.

@@ -3,7 +3,7 @@
 Shapes: M multiples of the update, K tasks, C curves (the total, then the tasks), N coordinates of all parameters.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from ..optim import ClippyAdagrad
 from ..optim.clippy import EXP_AVG_SQ
 from ..optim.guarded import BAD_STEPS, STEP, SUM, innermost
 from ..optim.rivals import LambAdagrad
+from .tables import rows_here, whole_rows
 
 LOWEST = 1 / 8
 """The smallest headroom that is told apart: below it, or where the loss rises from the first bit on, this is given."""
@@ -88,6 +89,30 @@ def find_updates(before: Iterable[Before]) -> list[Update]:
     tensor([-0.5000,  0.5000])
     """
     return [Update(each.parameter, _read(each.parameter, each.rows) - each.values, each.rows) for each in before]
+
+
+def pack_before(before: Iterable[Before], named: Mapping[str, Tensor]) -> list[list[Any]]:
+    """Return copies as a checkpoint holds them: each parameter's name, its values, and its rows of the whole table.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2, 1))
+    >>> packed = pack_before([Before(weight, torch.zeros(1, 1), torch.tensor([1]))], {"table": weight})
+    >>> packed, unpack_before(packed, {"table": weight})[0].parameter is weight
+    ([['table', tensor([[0.]]), tensor([1])]], True)
+    """
+    names = {id(p): name for name, p in named.items()}
+    return [[names[id(p)], x, None if rows is None else whole_rows(p, rows)] for p, x, rows in before]
+
+
+def unpack_before(packed: Iterable[Sequence[Any]], named: Mapping[str, Tensor]) -> list[Before]:
+    """Return what `pack_before` was given; of a table of which this rank holds a part, the rows in that part."""
+    found = []
+    for name, values, rows in packed:
+        p = named[name]
+        if rows is not None:
+            rows, here = rows_here(p, rows.to(p.device))
+            values = values.to(p.device)[here]
+        found.append(Before(p, values.to(p.device), rows))
+    return found
 
 
 @torch.no_grad()

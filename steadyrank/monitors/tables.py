@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -149,6 +149,41 @@ class Tables:
         """Go on from `state`."""
         parameters = dict(self._named)
         self._first = {name: first.to(parameters[name].device) for name, first in state["first"].items()}
+
+
+def whole_rows(parameter: Tensor, rows_N: Int64[Tensor, " touched"]) -> Int64[Tensor, " touched"]:
+    """Return the numbers that rows have in the whole weight matrix, of which other ranks may hold a part.
+
+    >>> part = nn.Parameter(torch.ones(3, 2))
+    >>> part.sharded_rows = torch.tensor([[2, 3], [0, 4]])  # two rows from 0 on, and one from 2 + 4 on
+    >>> whole_rows(part, torch.tensor([1, 2]))
+    tensor([1, 6])
+    """
+    if not hasattr(parameter, "sharded_rows"):
+        return rows_N
+    ends, shifts = parameter.sharded_rows
+    whole_N: Tensor = rows_N + shifts[torch.searchsorted(ends, rows_N, right=True)]
+    return whole_N
+
+
+def rows_here(
+    parameter: Tensor, rows_N: Int64[Tensor, " rows"]
+) -> tuple[Int64[Tensor, " here"], Bool[Tensor, " rows"]]:
+    """Return the numbers that rows of the whole weight matrix have here, and which of them are held here.
+
+    >>> part = nn.Parameter(torch.ones(3, 2))
+    >>> part.sharded_rows = torch.tensor([[2, 3], [0, 4]])
+    >>> rows_here(part, torch.tensor([1, 2, 6]))
+    (tensor([1, 2]), tensor([ True, False,  True]))
+    """
+    if not hasattr(parameter, "sharded_rows"):
+        return rows_N, torch.ones_like(rows_N, dtype=torch.bool)
+    ends, shifts = parameter.sharded_rows
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    piece_N = (torch.searchsorted(begins + shifts, rows_N, right=True) - 1).clamp(min=0)
+    place_N = rows_N - shifts[piece_N]
+    here_N = (begins[piece_N] <= place_N) & (place_N < ends[piece_N])
+    return place_N[here_N], here_N
 
 
 def _check_fields(fields: Sequence[Field], rows: int) -> None:

@@ -35,14 +35,14 @@ Shapes: T steps, K tasks.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, check_known
 from .band import RobustBand, Usual
 from .episodes import FAR, TaskState, task_of
 from .episodes import Change as Change
@@ -282,3 +282,19 @@ def _read_metric(row: Mapping[str, float], task: str, kind: Kind) -> float:
         return abs(value)
     plain = float(row.get(f"{_PLAIN[kind]}/{task}", 0.0))
     return math.inf if row.get(f"rows/{task}", 0.0) > 0 and not math.isfinite(plain) else math.nan
+
+
+def find_kinds(tasks: Sequence[str] | Mapping[str, Kind]) -> dict[str, Kind]:
+    """Return the kind of each task: of names alone "binary".
+
+    Raises:
+        ConfigError: There is no task, one twice, or an unknown kind.
+    """
+    if not tasks or isinstance(tasks, str):
+        raise ConfigError(f"Watch: expected at least one task, found {tasks!r}; name the losses: tasks=('click',)")
+    kinds: dict[str, Kind] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, "binary")
+    if len(kinds) != len(tasks):
+        raise ConfigError(f"Watch: expected tasks of different names, found {list(tasks)}")
+    for kind in kinds.values():
+        check_known(kind, get_args(Kind), "kind of task")
+    return kinds

@@ -6,7 +6,7 @@ Shapes: K tasks, P parameters, T steps since the last flush, B rows.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +15,23 @@ from pydantic import Field as Setting
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError, check_known
+from ..errors import ConfigError
+from ..metrics import TaskKind as TaskKind
+from ..ranks import ALONE, Ranks
 from ..runs import RunFolder
 from ..settings import Settings
 from .activations import DeadUnits, Gates, read_logits
-from .curvature import Before, copy_before, find_updates, measure_headroom
+from .curvature import Before, copy_before, find_updates, measure_headroom, pack_before, unpack_before
 from .dynamics import ClipFactors
 from .readings import Reading, join_rows, to_host
 from .steps import StepWatch
 from .tables import Field
 from .tasks import find_conflict
-from .verdict import Change, VerdictConfig, Verdicts
+from .verdict import Change, VerdictConfig, Verdicts, find_kinds
 from .warning import Alert, EarlyWarning, WarningConfig
 
 _KEPT = 1000  # alerts and changes: a run without an end must not grow
 _REMEMBERED = 200  # steps whose signals a cause report compares with
-TaskKind = Literal["binary", "regression"]
 
 
 class WatchConfig(Settings):
@@ -121,7 +122,7 @@ class Watch:
         write: Callable[[str, int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.config = config or WatchConfig()
-        kinds = _find_kinds(tasks)
+        kinds = find_kinds(tasks)
         self.tasks = list(kinds)
         self.step = 0
         """Steps seen so far."""
@@ -146,9 +147,9 @@ class Watch:
         self._dead, self._gates = DeadUnits(model, self.config.dead_batches), Gates(model)
         self._conflict = find_conflict(model, shared, self.tasks, self._loss_weights)
         self._handles = [*self._dead.handles, *self._gates.handles, *(self._conflict.handles if self._conflict else [])]
-        named = dict(zip(self.parameters, self._parameters, strict=True))
-        self._clip = ClipFactors(named.items(), held)
-        self._parts = [StepWatch(each, named, fields) for each in held]
+        self._named = dict(zip(self.parameters, self._parameters, strict=True))
+        self._clip = ClipFactors(self._named.items(), held)
+        self._parts = [StepWatch(each, self._named, fields) for each in held]
         for part in self._parts:
             self._handles.append(part.optimizer.register_step_pre_hook(self._pre_hook(part)))
             self._handles.append(part.optimizer.register_step_post_hook(lambda *_, part=part: self._after(part)))
@@ -164,12 +165,19 @@ class Watch:
         self._ranked = 0
         self._expect()
 
-    def losses(self, losses_K: Float[Tensor, " tasks"], *, logits: Float[Tensor, "batch tasks"] | None = None) -> None:
+    def losses(
+        self,
+        losses_K: Float[Tensor, " tasks"],
+        *,
+        logits: Float[Tensor, "batch tasks"] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Begin a step: to be called between forward and backward. No host sync, but for the flush that may be due.
 
         Args:
             losses_K: The loss of each task, with its graph, without its weight in the total.
             logits: What the model says, for range and saturation.
+            ranks: Who else has rows of the batch, and does the same with them.
 
         Raises:
             ConfigError: There is not one loss, or not one column of logits, for each task.
@@ -191,7 +199,7 @@ class Watch:
                 top = logits.detach().float().abs().amax(0)
             self._open = [now, top]
             if self._looks():
-                found = self._dead.read() + self._gates.read()
+                found = self._dead.read(ranks) + self._gates.read()
                 if logits is not None:
                     found += read_logits(logits, self.tasks, self._binary)
                 self._read.append(("dynamics", self.step, found))
@@ -245,16 +253,11 @@ class Watch:
 
     def kept_update(self) -> list[Any]:
         """Return what `headroom` would be measured on, for `keep_again` after a resume."""
-        names = {id(p): name for name, p in zip(self.parameters, self._parameters, strict=True)}
-        return [[names[id(each.parameter)], each.values, each.rows] for each in self._moved]
+        return pack_before(self._moved, self._named)
 
     def keep_again(self, kept: Sequence[Any]) -> None:
         """Take up a `kept_update`."""
-        named = dict(zip(self.parameters, self._parameters, strict=True))
-        place = [(named[name], values, rows) for name, values, rows in kept]
-        self._moved = [
-            Before(p, values.to(p.device), None if rows is None else rows.to(p.device)) for p, values, rows in place
-        ]
+        self._moved = unpack_before(kept, self._named)
 
     def flush(self) -> dict[str, float]:
         """Bring all readings to the host, in one copy; judge, warn, write.
@@ -487,14 +490,3 @@ class Watch:
                 detail = {"task": change.task, "verdict": change.verdict, "since": change.since}
                 self.folder.event(change.step, "verdict", message, **detail)
         return changes
-
-
-def _find_kinds(tasks: Sequence[str] | Mapping[str, TaskKind]) -> dict[str, TaskKind]:
-    if not tasks or isinstance(tasks, str):
-        raise ConfigError(f"Watch: expected at least one task, found {tasks!r}; name the losses: tasks=('click',)")
-    kinds: dict[str, TaskKind] = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, "binary")
-    if len(kinds) != len(tasks):
-        raise ConfigError(f"Watch: expected tasks of different names, found {list(tasks)}")
-    for kind in kinds.values():
-        check_known(kind, get_args(TaskKind), "kind of task")
-    return kinds

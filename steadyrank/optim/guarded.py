@@ -87,7 +87,7 @@ class Ask(NamedTuple):
 
 T = TypeVar("T")
 Asking = Generator[Ask, tuple[Tensor, ...], T]
-"""A computation that asks now and then; `step_together` answers."""
+"""A computation that asks now and then; `step_alone` or `step_together` answers."""
 
 
 class GuardedOptimizer(Optimizer):
@@ -260,7 +260,7 @@ class GuardedOptimizer(Optimizer):
         for each in touched:
             step = self._update(each, group)
             if each.shards is None:
-                step_together([step], None)
+                step_alone(step)
             else:
                 kinds.setdefault((each.shards, each.weight.device, each.weight.dtype), []).append(step)
         for (shards, *_), steps in kinds.items():
@@ -281,7 +281,7 @@ class GuardedOptimizer(Optimizer):
         if not state:
             state.update(self._fresh_state(param, group))
         if grad.layout == torch.strided:
-            parts = kernels.parts_of([param, grad, *state.values()])
+            parts = kernels.parts_of([param, grad, *state.values()]) if hasattr(param, "device_mesh") else None
             if parts is None or (parts.ranks is not None and not self._takes_shards(parts.dim, group)):
                 return Touched(param, param, grad, state)
             weight, grad, *states = parts.tensors
@@ -326,12 +326,20 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def step_together(steps: Sequence[Asking[None]], shards: Ranks | None) -> None:
-    """Make the steps of some tensors; what all of them ask at once costs one collective.
+def step_alone(step: Asking[None]) -> None:
+    """Make the step of a whole tensor, which is its own answer."""
+    try:
+        ask = next(step)
+        while True:
+            ask = step.send(ask.norms + ask.sums)
+    except StopIteration:
+        return
 
-    Args:
-        steps: They ask equally often, and as much.
-        shards: Who holds parts of each of these tensors; None where they are whole, and then each is its own answer.
+
+def step_together(steps: Sequence[Asking[None]], shards: Ranks) -> None:
+    """Make the steps of tensors of which `shards` hold parts; what all ask at once costs one collective.
+
+    They ask equally often, and as much.
     """
     answers: list[Any] = [None] * len(steps)
     while True:
@@ -341,11 +349,9 @@ def step_together(steps: Sequence[Asking[None]], shards: Ranks | None) -> None:
                 asked.append(step.send(answer))
         if not asked:
             return
-        answers = [(*ask.norms, *ask.sums) for ask in asked]
-        if shards is not None:
-            found_PX = torch.stack([torch.stack(answer) for answer in answers])
-            split = partial(_of_the_whole, norms=len(asked[0].norms))
-            answers = [row_X.unbind() for row_X in kernels.over_shards(found_PX, [shards] * len(asked), split)]
+        found_PX = torch.stack([torch.stack(ask.norms + ask.sums) for ask in asked])
+        reduce = partial(_of_the_whole, norms=len(asked[0].norms))
+        answers = [row_X.unbind() for row_X in kernels.over_shards(found_PX, [shards] * len(asked), reduce)]
 
 
 def _of_the_whole(found_NPX: Tensor, norms: int) -> Tensor:

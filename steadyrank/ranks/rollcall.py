@@ -97,9 +97,9 @@ class RollCall:
             self._told.wait(2.0)
 
     def linger(self) -> None:
-        """Wait until all have said something, or some seconds."""
+        """Wait until all have said what ended them, or some seconds."""
         end = time.monotonic() + LINGER_S
-        while time.monotonic() < end and len(self.words) < len(self._others):
+        while time.monotonic() < end and len(self.words) - len(self._of("lost")) < len(self._others):
             time.sleep(0.05)
 
     def have_failed_alike(self, error: Exception) -> bool:
@@ -123,7 +123,8 @@ class RollCall:
             return None
         self.closing = self._asks = True
         self._heard = dict.fromkeys(self._others, time.monotonic())  # it was not looked at often
-        self.tell("lost", f"{type(error).__name__}: {error}")
+        mine = f"{type(error).__name__}: {error}"
+        self.tell("lost", mine)
         of_network, begun = _is_of_network(error), time.monotonic()
         patience_s = PATIENCE_S if of_network or isinstance(error, KeyboardInterrupt) else 1.0
         while not self._of("failed") and not self._is_cut_off():
@@ -131,7 +132,9 @@ class RollCall:
             if now - self._answered < 2.0 and (now - begun > patience_s or len(self.words) == len(self._others)):
                 break
             time.sleep(0.05)
-        found = self._verdict(of_network, str(error), DEAD_S)
+        # What befalls all alike is nobody's fault: each has its own error.
+        alike = not of_network and Word("failed", mine) in self.words.values()
+        found = None if alike else self._verdict(of_network, str(error), DEAD_S)
         self.closing = found is not None
         self._excused = error if found is None else None
         return found
