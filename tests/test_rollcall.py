@@ -140,6 +140,22 @@ def test_a_bug_of_this_rank_is_not_laid_to_others(calls: list[RollCall], monkeyp
     assert len(noted) == 1
 
 
+def test_a_bug_that_befalls_all_is_told_by_one(calls: list[RollCall], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollcall, "LINGER_S", 3.0)
+    bug, words = RuntimeError("mat1 and mat2 cannot be multiplied"), "RuntimeError: mat1 and mat2 cannot be multiplied"
+
+    def end(call: RollCall) -> bool:
+        time.sleep(0.3 * (2 - call.rank))  # the first one is the last to notice
+        assert call.ask(bug) is None
+        call.tell("failed", words)
+        call.linger()
+        return call.is_told_by_another(bug)
+
+    begun = time.monotonic()
+    assert at_once(*(lambda call=call: end(call) for call in calls)) == [False, True, True]
+    assert time.monotonic() - begun < 3.0  # nobody lingers for who has told already
+
+
 def test_a_memory_that_is_gone_is_that_of_rank_0(calls: list[RollCall], memory: list[Any]) -> None:
     time.sleep(0.3)
     memory.clear()  # the server ends with its last reference
