@@ -40,7 +40,7 @@ PARTS = (
     ("ddp_comm_hooks/", "", "dense gradients, DDP"),
     ("steadyrank/guard.py", "", "verdict"),
     ("models/embeddings.py", "", "statistics of numbers"),
-    ("steadyrank/optim/", "", "norms of sharded tables"),
+    ("steadyrank/optim/", "", "norms of shards"),
     ("data/deal.py", "_tell", "log: heads of pieces"),
     ("data/deal.py", "_cut", "log: sums of weights"),
     ("data/deal.py", "", "log: rows dealt"),

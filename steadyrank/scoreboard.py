@@ -8,6 +8,7 @@ Shapes: B rows, S steps, K tasks, F features of baselines.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from .schema import Batch, Schema
 CAPACITY = 2**18
 """Rows of the model's metrics that are kept exactly; earlier ones are in sums and histograms."""
 _OTHERS_CAPACITY = 2**14  # baselines and truth: AUC to 1e-6 is enough, and a checkpoint holds these rows
+CPU = torch.device("cpu")
 _MODEL, _TRUTH = "model", "truth"
 _NO_DAY = -(2**62)  # of no row
 
@@ -233,15 +235,28 @@ def _deal(states: Sequence[Mapping[str, Any]], size: int) -> list[Mapping[str, A
     ]
 
 
+def counts_beside(device: torch.device) -> bool:
+    """Say whether metrics are counted in a thread beside the steps: on a CPU it would take a core from them."""
+    return device.type != "cpu"
+
+
 class Pending:
-    """Steps whose scores are still on the device, or are being counted: in a thread, while the next steps are made.
+    """Steps whose scores are still on the device, or are being counted.
 
     Args:
-        board: Takes batches with their scores; the group of its ranks is nobody else's.
+        schema: What is scored.
+        truth: As for `Scoreboard`.
+        ranks: Who trains together.
+        device: Where the scores are made.
     """
 
-    def __init__(self, board: Scoreboard) -> None:
-        self._board, self._worker = board, Worker("metrics")
+    def __init__(self, schema: Schema, *, truth: bool = False, ranks: Ranks = ALONE,
+                 device: torch.device = CPU) -> None:  # fmt: skip
+        beside = counts_beside(device)
+        self._worker = Worker("metrics") if beside else None
+        # What a thread exchanges must not meet the exchange of the steps.
+        self.board = Scoreboard(schema, truth=truth, ranks=ranks.another() if beside else ranks)
+        """What is counted, perhaps not all of it yet: see `settle`."""
         self._held: list[tuple[Batch, Tensor]] = []
         self._wait: Callable[[], None] = lambda: None
 
@@ -250,23 +265,25 @@ class Pending:
         self._held.append((batch, scores_BK))
 
     def flush(self) -> None:
-        """Bring the scores to the host in one copy, and begin to count them once those before are counted."""
+        """Bring the scores to the host in one copy, and count them; in a thread, begin to."""
         if not self._held:
             return
         batches = [batch for batch, _ in self._held]
         scores_NK = torch.cat([scores_BK for _, scores_BK in self._held]).float().cpu()
         self._held = []
-        self.settle()
-        self._wait = self._worker.begin(
-            lambda: self._board.add_steps(batches, scores_NK.split([len(batch) for batch in batches]))
-        )
+        count = partial(self.board.add_steps, batches, scores_NK.split([len(batch) for batch in batches]))
+        if self._worker is None:
+            return count()
+        self.settle()  # no more than one flush is kept
+        self._wait = self._worker.begin(count)
 
     def settle(self) -> Scoreboard:
         """Return the board once all that was flushed is counted."""
         wait, self._wait = self._wait, lambda: None
         wait()
-        return self._board
+        return self.board
 
     def close(self) -> None:
         """End the thread."""
-        self._worker.close()
+        if self._worker is not None:
+            self._worker.close()

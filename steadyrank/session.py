@@ -17,7 +17,7 @@ from .recovery import Action, Trouble
 from .rescue import Rescue
 from .runs import RunFolder
 from .schema import Batch
-from .scoreboard import Pending, Scoreboard
+from .scoreboard import Pending
 from .stopping import AgreedStop, Stop, write_patiently
 from .trackers import Trackers, open_trackers
 from .train import Readings, Step, fit
@@ -56,9 +56,7 @@ class Session:
         self.step = self.rows = 0
         self.clock = Clock(parts.engine.pace if parts.engine else None)
         self.cursor = Cursor()
-        # Counted in a thread, whose exchange with other ranks must not meet that of the steps.
-        self._board = Scoreboard(parts.schema, truth=parts.reader.encoder.truth, ranks=self.ranks.another())
-        self._pending = Pending(self._board)
+        self._pending = Pending(parts.schema, truth=parts.reader.encoder.truth, ranks=self.ranks, device=parts.device)
         self.readings = Readings(tasks, parts.model.named_parameters(), optimizers)
         self.trackers = Trackers([])
         self.instruments: Instruments | None = None
@@ -101,6 +99,7 @@ class Session:
         self.persist(lambda: self.folder.write_summary(summary))
         self.persist(self.folder.flush)
         self.trackers.close(ok=status == "finished")
+        self._pending.close()
         if self.parts.config.report and self.ranks.is_first:
             from .report.page import write_report  # plotly and jinja2, which a run needs at its end alone
 
@@ -344,7 +343,7 @@ class Session:
         if self.on_progress is not None:
             losses = {name: row[f"loss/{name}"] for name in self.parts.schema.tasks}
             rows = self.rows + self.rescue.rows_skipped
-            auc = self._board.auc_so_far()
+            auc = self._pending.board.auc_so_far()
             self.on_progress(Progress(self.step, rows, self.parts.reader.rows, speed, losses, auc))
         self._judge()
         self.persist(self.folder.flush)

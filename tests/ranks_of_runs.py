@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steadyrank import session
+from steadyrank import scoreboard, session
 from steadyrank.config import RunConfig
 from steadyrank.errors import SteadyRankError
 from steadyrank.launch import create_folder, open_folder
@@ -39,6 +39,7 @@ def do(job: dict[str, Any], ranks: Ranks) -> str:
             yield made
 
     session.fit = fit_and_signal  # type: ignore[assignment]
+    scoreboard.counts_beside = lambda device: bool(job.get("beside"))  # as on a GPU
     try:
         resume = bool(job.get("resume"))
         sets = job.get("sets_of_last", [])

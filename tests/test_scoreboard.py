@@ -73,12 +73,13 @@ def test_each_rank_keeps_its_own_rows(told: dict[str, Any]) -> None:
     assert max(kept) < 0.6 * whole
 
 
-def test_one_process_counts_step_by_step_or_flush_by_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_one_process_counts_step_by_step_or_flush_by_flush(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoreboard, "CAPACITY", 500)
     schema = make_schema(True)
     steps = make_steps(schema, True, False)
-    single, pending = Scoreboard(schema, truth=True), Scoreboard(schema, truth=True)
-    held = Pending(pending)
+    monkeypatch.setattr(scoreboard, "counts_beside", lambda device: beside)
+    single, held = Scoreboard(schema, truth=True), Pending(schema, truth=True)
     for batch, scores in steps:
         single.add(batch, scores)
         held.add(batch, scores)
@@ -86,16 +87,17 @@ def test_one_process_counts_step_by_step_or_flush_by_flush(monkeypatch: pytest.M
             held.flush()
     held.flush()
     held.flush()  # of nothing
-    assert held.settle() is pending
-    assert json.dumps(single.close_window()) == json.dumps(pending.close_window())
-    assert json.dumps(single.summary()) == json.dumps(pending.summary())
+    counted = held.settle()
+    assert json.dumps(single.close_window()) == json.dumps(counted.close_window())
+    assert json.dumps(single.summary()) == json.dumps(counted.summary())
     held.close()
 
 
-def test_what_goes_wrong_while_counting_is_raised_where_it_is_waited_for() -> None:
+def test_what_goes_wrong_while_counting_is_raised_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoreboard, "counts_beside", lambda device: True)
     schema = make_schema(True)
     (batch, scores), *_ = make_steps(schema, True, False)
-    held = Pending(Scoreboard(schema))
+    held = Pending(schema)
     held.add(batch, scores[:, :2])
     held.flush()
     with pytest.raises(ConfigError, match=r"expected scores, labels and weights of shape \[rows, 3\]"):
