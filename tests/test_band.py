@@ -25,7 +25,8 @@ def test_the_band_equals_the_statistics_of_the_last_finite_values(
     for start in range(0, n, cut):
         band.add(values_TS[start : start + cut])
     for s in range(2):
-        kept = values_TS[np.isfinite(values_TS[:, s]), s][-memory:] / 1e3  # so that the twin does not overflow
+        finite = values_TS[np.isfinite(values_TS[:, s]), s][-memory:]
+        kept = finite / 1e3  # so that the twin does not overflow
         usual = band.usual(7.0, count_from=0.0)[s]
         assert band.count()[s] == len(kept)
         if not len(kept):
@@ -39,7 +40,7 @@ def test_the_band_equals_the_statistics_of_the_last_finite_values(
         if spread < 1e304:
             assert usual.spread == pytest.approx(max(1e3 * spread, 1e-9), rel=1e-12)
             assert usual.limit == pytest.approx(usual.median + 7 * max(1, 20 / len(kept)) * usual.spread, rel=1e-9)
-        assert usual.share == ((kept >= 0).sum() + 1) / (len(kept) + 2)
+        assert usual.share == ((finite >= 0).sum() + 1) / (len(finite) + 2)
 
 
 def test_the_spread_of_normal_values_is_their_standard_deviation() -> None:
