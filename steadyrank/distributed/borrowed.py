@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -149,12 +148,5 @@ def fetch_rows(
 
 def _bring(x: Tensor, ranks: Ranks) -> Tensor:
     """Return the rows of all ranks one below the other on the first; elsewhere none. A collective."""
-    if ranks.is_alone:
-        return x
     counts = ranks.gather(torch.tensor(len(x))).tolist()
-    come = counts if ranks.is_first else [0] * ranks.size
-    found = x.new_empty((sum(come), *x.shape[1:]))
-    with ranks.waits.noted():
-        send = [len(x)] + [0] * (ranks.size - 1)
-        dist.all_to_all_single(found, x.contiguous(), come, send, group=ranks.host)
-    return found
+    return ranks.swap(x, [len(x)] + [0] * (ranks.size - 1), counts if ranks.is_first else [0] * ranks.size)
