@@ -3,7 +3,8 @@
 On several ranks each holds every N-th row of a feature's means. What a rank's rows of a step have of one id is added up
 and sent to the rank that holds it, once a step, and its mean comes back.
 
-Shapes: B rows of a batch, S steps, K tasks, F features, R rows of a feature's table, U pairs of a step and an id.
+Shapes: B rows of a batch, S steps, K tasks, F features, R rows of a feature's table, U pairs of a step and an id, C
+those that came.
 """
 
 from collections.abc import Mapping, Sequence
@@ -182,16 +183,16 @@ class RunningMean:
 
         def answer(came: list[Tensor]) -> Tensor:
             """Score and learn step by step, of all ranks' rows alike."""
-            found = torch.empty(len(came[0]), means_SK.shape[1])
-            order = came[0].argsort(stable=True)
-            counts = came[0].bincount(minlength=len(steps)).tolist()
-            for here, mean_K in zip(order.split(counts), means_SK, strict=True):
-                rows_B = came[1][here].numpy() // self._ranks.size
+            (step_C, row_C), sums_C2K = came[0].unbind(1), came[1]
+            found = torch.empty(len(step_C), means_SK.shape[1])
+            counts = step_C.bincount(minlength=len(steps)).tolist()
+            for here, mean_K in zip(step_C.argsort(stable=True).split(counts), means_SK, strict=True):
+                rows_B = row_C[here].numpy() // self._ranks.size
                 found[here] = self._look_up(name, rows_B, mean_K)
-                _add_at(self._tables[name], rows_B, came[2][here].numpy())
+                _add_at(self._tables[name], rows_B, sums_C2K[here].numpy())
             return found
 
-        columns = [step_U, row_U, torch.from_numpy(sums_U2K)]
+        columns = [torch.stack([step_U, row_U], 1), torch.from_numpy(sums_U2K)]
         scores_UK = self._ranks.ask(columns, row_U % self._ranks.size, answer)
         return scores_UK[torch.from_numpy(pair_N)]
 

@@ -201,22 +201,22 @@ def _by_group(steps: list[_Step], ranks: Ranks) -> list[_Step]:
     """Bring all rows of a group to one rank; within each step they lie in the order of the batch as a whole."""
     if ranks.is_alone:
         return steps
-    lengths = torch.tensor([len(step.time) for step in steps])
-    step_N = torch.arange(len(steps)).repeat_interleave(lengths)
     owner_N = rank_of(torch.cat([step.group for step in steps]), ranks.size)
     floats, integers = [], []
-    for step in steps:
+    for number, step in enumerate(steps):
         held = step.labelled
         columns = (step.scores, held.labels_BK, held.weights_BK, step.truth)
         floats.append(torch.cat([column for column in columns if column is not None], 1))
-        integers.append(torch.cat([step.group[:, None], step.time[:, None], held.rows_BF], 1))
-    step_N, floats_N, integers_N = ranks.route([step_N, torch.cat(floats), torch.cat(integers)], owner_N)
+        marks_B3 = torch.stack([torch.full_like(step.time, number), step.group, step.time], 1)
+        integers.append(torch.cat([marks_B3, held.rows_BF], 1))
+    floats_N, integers_N = ranks.route([torch.cat(floats), torch.cat(integers)], owner_N)
+    step_N = integers_N[:, 0]
     order, counts = step_N.argsort(stable=True), step_N.bincount(minlength=len(steps)).tolist()
     found = []
     for here in order.split(counts):
         scores_BK, labels_BK, weights_BK, *truth = floats_N[here].split(steps[0].scores.shape[1], 1)
-        group_B, time_B = integers_N[here, :2].unbind(1)
-        labelled = Labelled(integers_N[here, 2:], labels_BK, weights_BK)
+        _, group_B, time_B = integers_N[here, :3].unbind(1)
+        labelled = Labelled(integers_N[here, 3:], labels_BK, weights_BK)
         found.append(_Step(scores_BK, labelled, truth[0] if truth else None, group_B, time_B))
     return found
 

@@ -6,6 +6,7 @@ import torch
 from steadyrank.models.ranker import ModelConfig, Ranker
 from steadyrank.optim import ClippyAdagrad, RowWiseAdagrad, split_parameters
 from steadyrank.precision import choose_precision
+from steadyrank.scoreboard import Pending, Scoreboard
 from steadyrank.train import fit
 
 from .batches import make_batch, make_schema
@@ -45,3 +46,16 @@ def test_bfloat16_on_a_gpu_learns_nearly_the_same() -> None:
 def test_a_gpu_with_bfloat16_takes_it_for_any_model() -> None:
     chosen = choose_precision("auto", torch.device("cuda"), weights=10, batch_rows=10)
     assert chosen.name == ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
+
+
+def test_metrics_of_scores_on_a_gpu_are_counted_in_a_thread() -> None:
+    schema = make_schema()
+    board, held = Scoreboard(schema), Pending(schema, device=torch.device("cuda"))
+    for seed in range(6):
+        batch = make_batch(schema, 64, seed)
+        scores = torch.randn(64, len(schema.tasks), generator=torch.Generator().manual_seed(seed))
+        board.add(batch, scores)
+        held.add(batch, scores.cuda())
+        held.flush()
+    assert held.settle().close_window() == pytest.approx(board.close_window(), nan_ok=True)
+    held.close()
