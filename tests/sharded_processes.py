@@ -30,9 +30,12 @@ from steadyrank.optim import (
     ClipUpdates,
     ClipValue,
     CowClip,
+    Lamb,
+    LambAdagrad,
     RowWiseAdagrad,
     SkipSpikes,
     SpikeClip,
+    StableAdamW,
 )
 from steadyrank.ranks import Ranks
 from steadyrank.schema import Batch, Ragged, Schema, Share
@@ -65,6 +68,9 @@ CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad_clipped": lambda params: ClippyAdagrad(params, lr=0.5, accumulator="delayed_clipped", half_life=5.0),
     "adam_tensor": lambda params: ClippyAdam(params, lr=0.05),
     "adam_calibrated": lambda params: ClippyAdam(params, lr=0.05, clip_moments=True, calibration_steps=3),
+    "lamb": lambda params: Lamb(params, lr=0.05),
+    "lamb_adagrad": lambda params: LambAdagrad(params, lr=0.05),
+    "stable_adamw": lambda params: StableAdamW(params, lr=0.05),
     "clip_updates": lambda params: ClipUpdates(adagrad(params)),
     "clip_updates_row": lambda params: ClipUpdates(adagrad(params), granularity="row"),
     "global_norm": lambda params: ClipGradients(ClippyAdagrad(params, lr=0.5), ClipGlobalNorm(0.1)),

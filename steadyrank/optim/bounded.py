@@ -56,6 +56,7 @@ class BoundedOptimizer(GuardedOptimizer):
     """
 
     own_option: ClassVar[str] = "absolute_threshold"
+    joins_parts: ClassVar[bool] = True
     rests_on_zero: ClassVar[bool] = True
     """Whether the base's step is zero where the gradient is."""
 
@@ -103,11 +104,6 @@ class BoundedOptimizer(GuardedOptimizer):
             raise ConfigError(f"calibration_headroom: expected above 0, came {group['calibration_headroom']}")
         if group["foreach"] and group["fused"]:
             raise ConfigError("foreach and fused: at most one of them can be True")
-
-    def _touch(self, param: Tensor, index: int, group: dict[str, Any]) -> Touched:
-        touched = super()._touch(param, index, group)
-        touched.shards = touched.shards or getattr(param, "sharded_over", None)
-        return touched
 
     def _takes_shards(self, dim: int, group: dict[str, Any]) -> bool:
         # The k-th largest of shards is not that of the whole; and a row has to lie on one rank to be judged there.

@@ -71,10 +71,6 @@ class Touched:
     shards: Ranks | None = None
     """Who holds the other parts of the parameter; None where this is all of it."""
 
-    def numel(self) -> int:
-        """Return how many coordinates step together, on all ranks."""
-        return self.weight.numel() if self.shards is None else self.param.numel()
-
 
 class Ask(NamedTuple):
     """Numbers of what lies here of a tensor, as its step asks what they are of the whole: it is answered in one row."""
@@ -102,6 +98,8 @@ class GuardedOptimizer(Optimizer):
     the torch optimizer that a subclass stands for loads too.
     """
 
+    joins_parts: ClassVar[bool] = False
+    """Whether the parts of a table that lies on several ranks (`sharded_over`) step as one tensor; else row by row."""
     row_states: ClassVar[tuple[str, ...]] = (SUM,)
     """The states with one entry for each row of the parameter: what a sparse step gathers and puts back."""
     own_option: ClassVar[str] = ""
@@ -280,10 +278,11 @@ class GuardedOptimizer(Optimizer):
         state = self.state[param]
         if not state:
             state.update(self._fresh_state(param, group))
+        joined = getattr(param, "sharded_over", None) if self.joins_parts else None
         if grad.layout == torch.strided:
             parts = kernels.parts_of([param, grad, *state.values()]) if hasattr(param, "device_mesh") else None
             if parts is None or (parts.ranks is not None and not self._takes_shards(parts.dim, group)):
-                return Touched(param, param, grad, state)
+                return Touched(param, param, grad, state, shards=joined)
             weight, grad, *states = parts.tensors
             return Touched(param, weight, grad, dict(zip(state, states, strict=True)), shards=parts.ranks)
         if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
@@ -294,7 +293,7 @@ class GuardedOptimizer(Optimizer):
         grad = coalesce(grad)
         rows = grad.indices()[0]
         gathered = {key: gather(state[key], rows) for key in self.row_states if key in state}
-        return Touched(param, gather(param, rows), grad.values(), {**state, **gathered}, rows)
+        return Touched(param, gather(param, rows), grad.values(), {**state, **gathered}, rows, joined)
 
     def _put_back(self, touched: Touched) -> None:
         if touched.rows is None:

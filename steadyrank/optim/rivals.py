@@ -23,7 +23,6 @@ from .guarded import (
     Asking,
     GuardedOptimizer,
     Touched,
-    parameter_label,
     take_in,
     wide_dtype,
 )
@@ -128,15 +127,6 @@ def _check_ceiling(group: dict[str, Any]) -> None:
         raise ConfigError(f"trust_clip: expected a number above 0, or infinity, came {group['trust_clip']}")
 
 
-def _refuse_shards(group: dict[str, Any]) -> None:
-    for index, param in enumerate(group["params"]):
-        if getattr(param, "sharded_over", None) is not None:
-            raise ConfigError(
-                f"{parameter_label(group, index)} lies on several ranks, and this optimizer's norms would see a part "
-                "of it; for tables choose Clippy or row-wise Adagrad, or replicate them"
-            )
-
-
 def _fresh_scalar(param: Tensor) -> Float[Tensor, ""]:
     return torch.ones((), dtype=wide_dtype(param.dtype), device=param.device)
 
@@ -196,6 +186,7 @@ class LambAdagrad(GuardedOptimizer):
     """
 
     own_option: ClassVar[str] = "trust_clip"
+    joins_parts: ClassVar[bool] = True
     shared_options: ClassVar[tuple[str, ...]] = ("initial_accumulator_value", "maximize")  # Adagrad's rate is another
 
     def __init__(
@@ -214,7 +205,6 @@ class LambAdagrad(GuardedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        _refuse_shards(group)
         _check_ceiling(group)
 
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -232,11 +222,11 @@ class LambAdagrad(GuardedOptimizer):
 class _OnMoments(GuardedOptimizer):
     """What optimizers on Adam's moments share: the moments, which a refused gradient leaves as they were."""
 
+    joins_parts: ClassVar[bool] = True
     row_states: ClassVar[tuple[str, ...]] = (EXP_AVG, EXP_AVG_SQ)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        _refuse_shards(group)
         betas = group["betas"]
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"betas: expected two numbers in [0, 1), came {betas}")
@@ -393,7 +383,8 @@ class StableAdamW(_OnMoments):
         update = adam_direction(each.state[EXP_AVG], square, steps, betas, eps)
         if group["weight_decay"]:
             update = update + group["weight_decay"] * weight.to(update.dtype)
-        [norm] = yield Ask((overall_norm(over_roots(grad, square / kernels.debias(betas[1], steps), eps)),))
-        factor = kernels.factor_of(norm / math.sqrt(max(1, each.numel())))
+        norm = overall_norm(over_roots(grad, square / kernels.debias(betas[1], steps), eps))
+        norm, count = yield Ask((norm,), (torch.full_like(norm, grad.numel()),))
+        factor = kernels.factor_of(norm / count.clamp(min=1).sqrt())
         each.state[CLIP_FACTOR].copy_(kernels.keep_where(usable, factor))
         weight.sub_(kernels.keep_where(usable, update * (lr * factor)))
