@@ -84,22 +84,27 @@ class RunningMean:
         # NumPy's, since half of what so few numbers take is the overhead of a call, and torch has four times as much.
         self._tables = {name: np.zeros((count, 2 * len(schema.tasks))) for name, count in ({GLOBAL: 1} | held).items()}
 
-    def rows_of(self, batch: Batch) -> Int64[Tensor, "batch features"]:
-        """Return the row of each feature's own table."""
+    def labelled(self, batch: Batch) -> Labelled:
+        """Return what the baselines need of a batch."""
         columns = [batch.ids[:, column] - start for column, start in self._columns.values()]
-        return torch.stack(columns, 1) if columns else batch.ids[:, :0]
+        return Labelled(torch.stack(columns, 1) if columns else batch.ids[:, :0], batch.labels, batch.weights)
 
-    def score(self, batch: Batch) -> dict[str, Float[Tensor, "batch tasks"]]:
+    def score(self, step: Labelled) -> dict[str, Float[Tensor, "batch tasks"]]:
         """Return the scores of each feature's means and of the `"global"` one, from the rows learned before.
 
         Binary tasks as logits of the mean (kept 1e-7 away from 0 and 1), regressions as the mean. In one process.
         """
-        return self._score(self.rows_of(batch).numpy())
+        mean_K = self._mean()
+        scores = {GLOBAL: self._as_scores(mean_K[None]).expand(len(step.labels_BK), -1)}
+        for name, rows_B in zip(self._columns, step.rows_BF.numpy().T, strict=True):
+            scores[name] = self._look_up(name, rows_B, mean_K)
+        return scores
 
-    def learn(self, batch: Batch) -> None:
-        """Add the labels of a batch to the means. In one process."""
-        step = Labelled(self.rows_of(batch), batch.labels, batch.weights)
-        self._learn(step, step.sums.sum(0))
+    def learn(self, step: Labelled) -> None:
+        """Add labels to the means. In one process."""
+        self._tables[GLOBAL] += step.sums.sum(0)
+        for name, rows_B in zip(self._columns, step.rows_BF.numpy().T, strict=True):
+            _add_at(self._tables[name], rows_B, step.sums)
 
     def meet(
         self, steps: Sequence[Labelled], sums_S2K: Float64[np.ndarray, "steps _"]
@@ -112,9 +117,9 @@ class RunningMean:
         """
         found = []
         if self._ranks.is_alone:
-            for step, sums_2K in zip(steps, sums_S2K, strict=True):
-                found.append(self._score(step.rows_BF.numpy()))
-                self._learn(step, sums_2K)
+            for step in steps:
+                found.append(self.score(step))
+                self.learn(step)
             return found
         means_SK = []
         for step, sums_2K in zip(steps, sums_S2K, strict=True):
@@ -152,18 +157,6 @@ class RunningMean:
         tasks = len(self._pseudo_K)
         (global_2K,) = self._tables[GLOBAL]
         return (global_2K[:tasks] + self._pseudo_K) / (global_2K[tasks:] + 1)
-
-    def _score(self, rows_BF: Any) -> dict[str, Tensor]:
-        mean_K = self._mean()
-        scores = {GLOBAL: self._as_scores(mean_K[None]).expand(len(rows_BF), -1)}
-        for name, rows_B in zip(self._columns, rows_BF.T, strict=True):
-            scores[name] = self._look_up(name, rows_B, mean_K)
-        return scores
-
-    def _learn(self, step: Labelled, total_2K: Any) -> None:
-        self._tables[GLOBAL] += total_2K
-        for name, rows_B in zip(self._columns, step.rows_BF.numpy().T, strict=True):
-            _add_at(self._tables[name], rows_B, step.sums)
 
     def _look_up(self, name: str, rows_B: Any, mean_K: Any) -> Tensor:
         tasks = len(mean_K)

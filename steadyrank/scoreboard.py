@@ -37,7 +37,6 @@ CAPACITY = 2**18
 _OTHERS_CAPACITY = 2**14  # baselines and truth: AUC to 1e-6 is enough, and a checkpoint holds these rows
 CPU = torch.device("cpu")
 _MODEL, _TRUTH = "model", "truth"
-_NO_DAY = -(2**62)  # of no row
 
 
 class Scoreboard:
@@ -84,7 +83,7 @@ class Scoreboard:
         truth = None if batch.truth is None or _TRUTH not in self._metrics else batch.truth
         return _Step(
             scores=scores_BK,
-            labelled=Labelled(self._baseline.rows_of(batch), batch.labels, batch.weights),
+            labelled=self._baseline.labelled(batch),
             truth=None if truth is None else as_scores(truth, list(self._kinds.values())),
             group=batch.group,
             time=batch.time,
@@ -92,17 +91,13 @@ class Scoreboard:
 
     def _agree(self, steps: Sequence["_Step"]) -> tuple[list[Whole], Any]:
         """Return what each step's batch is as a whole, and the sums of its labels and weights [S, 2 K]."""
-        days, sums = [], []
-        for step in steps:
-            day_B = step.time.numpy() // DAY_US
-            last = day_B.max(initial=_NO_DAY)
-            days.append([len(day_B), last, (day_B == last).sum()])
-            sums.append(step.labelled.sums.sum(0))
-        days_RS3 = self._ranks.gather(torch.from_numpy(np.array(days, dtype=np.int64))).numpy()
-        last_S = days_RS3[..., 1].max(0)
-        last_rows_S = np.where(days_RS3[..., 1] == last_S, days_RS3[..., 2], 0).sum(0)
-        wholes = [Whole(*map(int, each)) for each in zip(days_RS3[..., 0].sum(0), last_S, last_rows_S, strict=True)]
-        return wholes, self._ranks.gather(torch.from_numpy(np.array(sums))).numpy().sum(0)
+        here = torch.tensor([Whole.of(step.time.numpy() // DAY_US) for step in steps])
+        rows_RS, last_RS, last_rows_RS = self._ranks.gather(here).unbind(2)
+        last_S = last_RS.amax(0)
+        last_rows_S = torch.where(last_RS == last_S, last_rows_RS, 0).sum(0)
+        wholes = [Whole(*each) for each in torch.stack([rows_RS.sum(0), last_S, last_rows_S], 1).tolist()]
+        sums_S2K = torch.from_numpy(np.array([step.labelled.sums.sum(0) for step in steps]))
+        return wholes, self._ranks.gather(sums_S2K).numpy().sum(0)
 
     def close_window(self) -> dict[str, float]:
         """Return the readings of the window that ends here, `auc/click` and so on; empty when it has no rows."""

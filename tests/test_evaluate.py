@@ -132,7 +132,7 @@ def test_running_means_equal_a_slow_loop() -> None:
     seen: list[tuple[list[int], list[float], list[float]]] = []
     for step in range(6):
         batch = make(40, seed=step)
-        found = baseline.score(batch)
+        found = baseline.score(baseline.labelled(batch))
         assert list(found) == [GLOBAL, "user", "item"]
         for name, column in (("user", 1), ("item", 2)):
             for i in range(0, 40, 7):
@@ -144,33 +144,35 @@ def test_running_means_equal_a_slow_loop() -> None:
                     value /= sum(w[k] for _, w in own) + prior
                     pair = [mean, value] if k else [math.log(p / (1 - p)) for p in (mean, value)]
                     assert [found[GLOBAL][i, k].item(), found[name][i, k].item()] == pytest.approx(pair, abs=1e-6)
-        baseline.learn(batch)
+        baseline.learn(baseline.labelled(batch))
         seen += zip(batch.ids.tolist(), batch.labels.tolist(), batch.weights.tolist(), strict=True)
 
 
 def test_running_means_ignore_masked_labels_and_stay_finite() -> None:
     baseline = RunningMean(SCHEMA)
     batch = make(30)
-    before = baseline.score(batch)
-    baseline.learn(replace(batch, weights=torch.zeros(30, 2), labels=torch.full((30, 2), float("nan"))))
-    assert all(torch.equal(scores, before[name]) for name, scores in baseline.score(batch).items())
+    before = baseline.score(baseline.labelled(batch))
+    baseline.learn(
+        baseline.labelled(replace(batch, weights=torch.zeros(30, 2), labels=torch.full((30, 2), float("nan"))))
+    )
+    assert all(torch.equal(scores, before[name]) for name, scores in baseline.score(baseline.labelled(batch)).items())
     for _ in range(50):
-        baseline.learn(replace(batch, labels=torch.ones(30, 2), weights=torch.full((30, 2), 1e6)))
-    assert all(scores.isfinite().all() for scores in baseline.score(batch).values())
-    assert baseline.score(batch)["user"][0, 1].item() == pytest.approx(1.0, rel=1e-6)
+        baseline.learn(baseline.labelled(replace(batch, labels=torch.ones(30, 2), weights=torch.full((30, 2), 1e6))))
+    assert all(scores.isfinite().all() for scores in baseline.score(baseline.labelled(batch)).values())
+    assert baseline.score(baseline.labelled(batch))["user"][0, 1].item() == pytest.approx(1.0, rel=1e-6)
 
 
 def test_running_means_resume_exactly() -> None:
     first, second = RunningMean(SCHEMA), RunningMean(SCHEMA)
-    first.learn(make(30, 1))
+    first.learn(first.labelled(make(30, 1)))
     saved = io.BytesIO()
     torch.save(first.state_dict(), saved)
     second.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
     for baseline in (first, second):
-        baseline.learn(make(30, 2))
+        baseline.learn(baseline.labelled(make(30, 2)))
     batch = make(30, 3)
-    for name, scores in first.score(batch).items():
-        assert torch.equal(scores, second.score(batch)[name])
+    for name, scores in first.score(first.labelled(batch)).items():
+        assert torch.equal(scores, second.score(second.labelled(batch))[name])
     with pytest.raises(CheckpointError, match="expected running means of"):
         RunningMean(SCHEMA, ["country"]).load_state_dict(first.state_dict())
 

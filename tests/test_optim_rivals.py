@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steadyrank.errors import CheckpointError, ConfigError
-from steadyrank.optim.rivals import Lamb, LambAdagrad, StableAdamW, overall_norm, trust_ratio, update_rms
+from steadyrank.optim.rivals import Lamb, LambAdagrad, StableAdamW, over_roots, overall_norm, trust_ratio
 from steadyrank.testing import check_optimizer
 
 Array = np.ndarray
@@ -257,7 +257,8 @@ def test_lamb_is_optaxs(dtype: Any) -> None:
     ],
 )
 def test_the_trust_ratio_at_the_edges(weight: Any, update: Any, ceiling: float, expected: float) -> None:
-    assert trust_ratio(torch.tensor(weight), torch.tensor(update), ceiling) == expected
+    norms = (overall_norm(torch.tensor(x)) for x in (weight, update))
+    assert trust_ratio(*norms, ceiling) == expected
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,9 @@ def test_the_trust_ratio_at_the_edges(weight: Any, update: Any, ceiling: float, 
     ],
 )
 def test_the_rms_at_the_edges(grad: Any, square: Any, eps: float, expected: float) -> None:
-    assert update_rms(torch.tensor(grad), torch.tensor(square), eps) == pytest.approx(expected, rel=1e-6)
+    g = torch.tensor(grad)
+    rms = overall_norm(over_roots(g, torch.tensor(square), eps)) / math.sqrt(max(1, g.numel()))  # as the step has it
+    assert rms == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_norm_of_a_large_layer_keeps_its_digits() -> None:

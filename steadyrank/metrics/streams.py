@@ -38,6 +38,7 @@ CAPACITY = 2**20
 """Rows that `TaskMetrics` keeps exactly before it folds them into sums and histograms."""
 DAY_US = 86_400_000_000
 """Microseconds of a day."""
+_NO_DAY = -(2**62)
 _SAVED = ("scores", "labels", "weights", "groups")
 """Names of the kept rows' columns in a state, [N, K] and [N]."""
 
@@ -52,8 +53,8 @@ class Whole(NamedTuple):
 
     @staticmethod
     def of(day_B: Any) -> "Whole":
-        """Return it for a batch of which all rows lie here, at least one."""
-        last = int(day_B.max())
+        """Return it for a batch of which all rows lie here; without any, its day is before all others."""
+        last = int(day_B.max(initial=_NO_DAY))
         return Whole(len(day_B), last, int((day_B == last).sum()))
 
 

@@ -103,11 +103,6 @@ def largest(xs: Tensors) -> Float[Tensor, " tensors"]:
     return found
 
 
-def shards_of(params: Sequence[Tensor]) -> list[Ranks | None]:
-    """Return of each parameter the ranks that each hold some of its rows; None where it is whole."""
-    return [getattr(param, "sharded_over", None) for param in params]
-
-
 def over_shards(
     found: Float[Tensor, "tensors *shape"],
     shards: Sequence[Ranks | None],

@@ -42,7 +42,7 @@ def overall_norm(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     return kernels.whole(torch.linalg.vector_norm(rows))
 
 
-def trust_ratio(weight: Float[Tensor, "*shape"], update: Float[Tensor, "*shape"], ceiling: float) -> Float[Tensor, ""]:
+def trust_ratio(w_norm: Float[Tensor, ""], u_norm: Float[Tensor, ""], ceiling: float) -> Float[Tensor, ""]:
     """Return sigma, by which LAMB scales an update, so that its norm becomes that of the weights.
 
         sigma = min(ceiling, ||w|| / ||u||)        1 in place of the quotient where ||w|| or ||u|| is 0
@@ -51,22 +51,13 @@ def trust_ratio(weight: Float[Tensor, "*shape"], update: Float[Tensor, "*shape"]
     the range (in float32 above 1.8e19). So one lost coordinate does not take its whole tensor along.
 
     Args:
-        weight: w.
-        update: u, the step before the learning rate.
+        w_norm: ||w||, of the weights.
+        u_norm: ||u||, of the step before the learning rate.
         ceiling: the largest sigma, above 0; may be infinite.
 
-    >>> w, u = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
-    >>> trust_ratio(w, u, 10.0), trust_ratio(w, u, 2.0), trust_ratio(0 * w, u, 10.0)
+    >>> five, two = torch.tensor(5.0), torch.tensor(2.0)
+    >>> trust_ratio(five, two, 10.0), trust_ratio(five, two, 2.0), trust_ratio(0 * five, two, 10.0)
     (tensor(2.5000), tensor(2.), tensor(1.))
-    """
-    return ratio_of_norms(overall_norm(weight), overall_norm(update), ceiling)
-
-
-def ratio_of_norms(w_norm: Float[Tensor, ""], u_norm: Float[Tensor, ""], ceiling: float) -> Float[Tensor, ""]:
-    """Return `trust_ratio` from the norms of weights and update.
-
-    >>> ratio_of_norms(torch.tensor(5.0), torch.tensor(2.0), 2.0)
-    tensor(2.)
     """
     ratio = w_norm / u_norm  # infinite or NaN where ||u|| is 0
     return torch.where((w_norm > 0) & torch.isfinite(ratio), ratio, 1.0).clamp(max=ceiling)
@@ -94,27 +85,17 @@ def adam_direction(
     return kernels.adam_deltas([mean], [square], [step], torch.ones_like(step), betas, eps)[0]
 
 
-def update_rms(grad: Float[Tensor, "*shape"], square: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, ""]:
-    """Return how far the second moment lags behind the gradient: above 1 where it is too small for what came.
+def over_roots(grad: Float[Tensor, "*shape"], square: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape"]:
+    """Return g / max(sqrt(v), eps); the root of its mean square says how far the second moment lags behind.
 
-        RMS = sqrt(mean_i(g_i^2 / max(v_i, eps^2)))
+        RMS = sqrt(mean_i(g_i^2 / max(v_i, eps^2)))        above 1 where v is too small for what came
 
-    Computed from g / max(sqrt(v), eps), whose squares neither vanish nor overflow. 0 for an empty tensor, and 0 / 0
-    counts as 0.
+    The squares of these quotients neither vanish nor overflow; 0 / 0 counts as 0.
 
     Args:
         grad: g.
         square: v, the mean of g^2, corrected for its start at zero and with this g already in it.
         eps: what sqrt(v) counts as at least, 0 or more.
-
-    >>> update_rms(torch.tensor([2.0, 0.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0]), 1e-6)
-    tensor(1.4142)
-    """
-    return overall_norm(over_roots(grad, square, eps)) / math.sqrt(max(1, grad.numel()))
-
-
-def over_roots(grad: Float[Tensor, "*shape"], square: Float[Tensor, "*shape"], eps: float) -> Float[Tensor, "*shape"]:
-    """Return g / max(sqrt(v), eps), of whose squares `update_rms` takes the mean.
 
     >>> over_roots(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 0.0]), 0.0)
     tensor([1., 0.])
@@ -138,7 +119,7 @@ def _apply_lamb(
     wide = each.weight.to(update.dtype)
     update = update + group["weight_decay"] * wide if group["weight_decay"] else update
     w_norm, u_norm = yield Ask((overall_norm(wide), overall_norm(update)))
-    ratio = ratio_of_norms(w_norm, u_norm, group["trust_clip"])
+    ratio = trust_ratio(w_norm, u_norm, group["trust_clip"])
     each.state[TRUST_RATIO].copy_(kernels.keep_where(usable, ratio))
     # The ratio first: with the rate before it, their product could leave the range where the step does not.
     each.weight.sub_(kernels.keep_where(usable, update * ratio * lr))

@@ -223,7 +223,7 @@ class WrappedOptimizer(Optimizer):
         grad = param.grad
         assert grad is not None
         parts = kernels.parts_of([param, grad])
-        label, [shards] = parameter_label(group, index), kernels.shards_of([param])
+        label, shards = parameter_label(group, index), getattr(param, "sharded_over", None)
         if parts is None or (parts.ranks is not None and not self._takes_shards(param, parts.dim, group)):
             held = Held(param, group, label, param, shards, grad, param)
         else:
